@@ -1,0 +1,134 @@
+"""Trees of arrays on disk at a step, through orbax, with their content verified.
+
+Orbax restores a damaged array without a word, so every checkpoint carries a hash of each leaf that
+doesn't depend on the mesh it was saved from.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+@jax.jit
+def _leaf_hash(x: jax.Array) -> jax.Array:
+    """A uint32 sum of the bits times odd numbers: one changed bit always changes it."""
+    bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):  # not a reshape, which would gather a sharded array
+        stride = math.prod(x.shape[axis + 1 :])
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+    return (bits * (2 * index + 1)).sum(dtype=jnp.uint32)
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their dotted paths: the form of a tree on disk."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def hashes(tree: Any) -> dict[str, int]:
+    """Content hash of every leaf by its name; equal for equal values on any mesh."""
+    computed = {name: _leaf_hash(leaf) for name, leaf in by_name(tree).items()}
+    return {name: int(value) for name, value in computed.items()}
+
+
+class Checkpoints:
+    """The checkpoints of one training run: a folder with one checkpoint a step, the newest kept.
+
+    `meta` is a small JSON dictionary kept beside the arrays.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 1):
+        self._folder = Path(folder).absolute()
+        self._quarantine()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def _quarantine(self) -> None:
+        """A step without its metadata would silently block every later save."""
+        if not self._folder.is_dir():
+            return
+        for step in self._folder.iterdir():
+            if step.name.isdecimal() and not ocp.is_orbax_checkpoint(step):
+                step.rename(step.with_name(f"damaged-{step.name}"))
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step, None where nothing has been saved."""
+        return self._checkpointer.latest.step if self._checkpointer.latest else None
+
+    @property
+    def steps(self) -> list[int]:
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def save(self, step: int, tree: Any, meta: dict[str, Any] | None = None) -> None:
+        """Save and wait until it is on disk."""
+        self._checkpointer.save(
+            step,
+            by_name(tree),
+            force=True,
+            custom_metadata={"hashes": hashes(tree), "meta": meta or {}},
+        )
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The tree saved at a step (default: the newest), with the shardings of `like`, and meta.
+
+        Args:
+          like: tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          ValueError: nothing saved, other shapes or dtypes than `like`'s, or damaged content.
+        """
+        step = self.latest if step is None else step
+        if step is None:
+            raise ValueError(f"{self._folder} holds no checkpoint: run the stage that makes it")
+        where = f"checkpoint {self._folder}/{step}"
+        metadata = self._checkpointer.metadata(step)
+        _check_shapes(where, metadata.metadata, by_name(like))
+        try:
+            leaves = self._checkpointer.load(step, by_name(like))
+        except Exception as error:
+            cause = error.__cause__ or error
+            raise ValueError(f"{where} can't be restored: {cause}; remove it to go on") from error
+        saved, found = metadata.custom_metadata["hashes"], hashes(leaves)
+        damaged = [name for name in found if found[name] != saved.get(name)]
+        if damaged:
+            raise ValueError(f"{where} is damaged in {', '.join(damaged)}: remove it to go on")
+        tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[n] for n in by_name(like)])
+        return tree, metadata.custom_metadata["meta"]
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def _check_shapes(where: str, saved: dict[str, Any], like: dict[str, Any]) -> None:
+    """Orbax casts a wrong dtype silently and words a wrong shape badly."""
+
+    def words(leaf: Any) -> str:
+        return f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}" if leaf is not None else "missing"
+
+    wrong = [n for n in {**saved, **like} if words(saved.get(n)) != words(like.get(n))]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{where} doesn't fit the config: {name} is {words(saved.get(name))} there and "
+            f"{words(like.get(name))} here ({len(wrong)} such): use the config it was made with"
+        )
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree (of arrays or of `jax.eval_shape`) on the given shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+

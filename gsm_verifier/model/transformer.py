@@ -1,0 +1,287 @@
+"""The one transformer, shared by generator and verifier: a pure function of its parameters.
+
+    hidden_BTD, caches = model.apply(params, tokens_BT, position_BT, context)
+    logits = model.apply(params, hidden, method="logits")      # the language model
+    value = model.apply(params, hidden, method="value")        # the verifier (section 4.2)
+
+The verifier's head is one gain and one bias on the logit of one reserved vocabulary token; the
+language model never predicts that token, so a generator is a verifier whose head nobody trained.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from gsm_verifier.model.attention import HIDDEN, Packed
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.sharding import constrain, tree_shardings
+
+Params = Any  # a linen variable collection {"params": {...}} of plain arrays
+Context = Callable[..., tuple[jax.Array, Any]]
+
+INIT_SCALE = 0.02  # GPT-2's, and every later family's
+
+
+def _normal(letters: str, scale: float = INIT_SCALE) -> Callable[..., Any]:
+    return nn.with_logical_partitioning(nn.initializers.normal(scale), tuple(letters))
+
+
+def _constant(letters: str, value: float) -> Callable[..., Any]:
+    return nn.with_logical_partitioning(nn.initializers.constant(value), tuple(letters))
+
+
+def _project(formula: str, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x @ w accumulated in float32 (on CPU much the faster way too), back in x's dtype."""
+    y = jnp.einsum(formula, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves convention (Llama's in Hugging Face checkpoints)."""
+    half = x_BTNH.shape[-1] // 2
+    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BT[..., None, None].astype(jnp.float32) * frequency_H
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+
+
+class Norm(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        y = x.astype(jnp.float32)
+        if c.norm == "layer":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_eps)
+        y *= self.param("scale_D", _constant("D", 1.0), (c.width,))
+        if c.biases:
+            y += self.param("bias_D", _constant("D", 0.0), (c.width,))
+        return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, context: Context, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+
+        def heads(name: str, letter: str, count: int) -> jax.Array:
+            w = self.param(
+                f"w{name}_D{letter}H", _normal(f"D{letter}H"), (c.width, count, c.head_size)
+            )
+            bias = (
+                self.param(f"b{name}_{letter}H", _constant(f"{letter}H", 0.0), (count, c.head_size))
+                if c.biases
+                else None
+            )
+            return constrain(
+                _project(f"BTD,D{letter}H->BT{letter}H", x_BTD, w, bias), f"BT{letter}H"
+            )
+
+        q_BTNH = heads("q", "N", c.heads)
+        k_BTKH = heads("k", "K", c.kv_heads)
+        v_BTKH = heads("v", "K", c.kv_heads)
+        if c.positions == "rope":
+            q_BTNH = rotate(q_BTNH, position_BT, c.rope_theta)
+            k_BTKH = rotate(k_BTKH, position_BT, c.rope_theta)
+        B, T = position_BT.shape
+        q_BTKGH = q_BTNH.reshape(B, T, c.kv_heads, c.heads // c.kv_heads, c.head_size)
+        out_BTKGH, cache = context(q_BTKGH, k_BTKH, v_BTKH, cache)
+        out_BTNH = constrain(out_BTKGH.reshape(q_BTNH.shape), "BTNH")
+        wo_NHD = self.param(
+            "wo_NHD",
+            _normal("NHD", INIT_SCALE * (2 * c.layers) ** -0.5),
+            (c.heads, c.head_size, c.width),
+        )
+        bo_D = self.param("bo_D", _constant("D", 0.0), (c.width,)) if c.biases else None
+        return constrain(_project("BTNH,NHD->BTD", out_BTNH, wo_NHD, bo_D), "BTD"), cache
+
+
+class Mlp(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+
+        def widen(name: str) -> jax.Array:
+            w = self.param(f"w_{name}_DF", _normal("DF"), (c.width, c.mlp_width))
+            bias = (
+                self.param(f"b_{name}_F", _constant("F", 0.0), (c.mlp_width,)) if c.biases else None
+            )
+            return constrain(_project("BTD,DF->BTF", x_BTD, w, bias), "BTF")
+
+        if c.mlp == "swiglu":
+            h_BTF = jax.nn.silu(widen("gate")) * widen("in")
+        else:
+            h_BTF = jax.nn.gelu(widen("in"), approximate=True)
+        w_FD = self.param(
+            "w_out_FD", _normal("FD", INIT_SCALE * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
+        )
+        b_D = self.param("b_out_D", _constant("D", 0.0), (c.width,)) if c.biases else None
+        return constrain(_project("BTF,FD->BTD", h_BTF, w_FD, b_D), "BTD")
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, cache: Any, position_BT: jax.Array, context: Context
+    ) -> tuple[jax.Array, Any]:
+        # Residual dropout (section 4.3): on what each sublayer adds to the residual stream.
+        drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
+        attended, cache = Attention(self.config, name="attention")(
+            Norm(self.config, name="attention_norm")(x_BTD), position_BT, context, cache
+        )
+        x_BTD += drop(attended)
+        x_BTD += drop(Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x_BTD)))
+        return x_BTD, cache
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer with pre-normalisation.
+
+    Attributes:
+      config: its shape and family.
+      dropout: residual dropout rate; above 0, apply needs a "dropout" rng.
+    """
+
+    config: ModelConfig
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_VD = self.param("embed_VD", _normal("VD"), (c.vocab_size, c.width))
+        if c.positions == "learned":
+            self.position_TD = self.param("position_TD", _normal("TD"), (c.max_length, c.width))
+        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        if c.scan_layers:
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=c.layers,
+                metadata_params={nn.PARTITION_NAME: "L"},
+            )(c, self.dropout)
+        else:
+            self.layers = [block(c, self.dropout) for _ in range(c.layers)]
+        self.final_norm = Norm(c)
+        if not c.tied:
+            self.unembed_VD = self.param("unembed_VD", _normal("VD"), (c.vocab_size, c.width))
+        self.value_gain = self.param("value_gain", _constant("", 1.0), ())
+        self.value_bias = self.param("value_bias", _constant("", 0.0), ())
+
+    def __call__(
+        self, tokens_BT: jax.Array, position_BT: jax.Array, context: Context, caches: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states after the final norm, [B, T, D], and the layers' caches.
+
+        `caches` and what is returned for them: stacked over layers with `scan_layers`, else a list.
+        """
+        c = self.config
+        # Looked up in a table sharded over D, XLA would rematerialise the whole table per device.
+        x_BTD = constrain(self.embed_VD.astype(c.dtype), ("V", None))[tokens_BT]
+        if c.positions == "learned":
+            x_BTD += self.position_TD.astype(c.dtype)[position_BT]
+        x_BTD = constrain(x_BTD, "BTD")
+        if c.scan_layers:
+            x_BTD, caches = self.layers(x_BTD, caches, position_BT, context)
+        else:
+            out = []
+            for layer, cache in zip(self.layers, caches or [None] * c.layers, strict=True):
+                x_BTD, cache = layer(x_BTD, cache, position_BT, context)
+                out.append(cache)
+            caches = out
+        return self.final_norm(x_BTD), caches
+
+    def _table(self) -> jax.Array:
+        return self.embed_VD if self.config.tied else self.unembed_VD
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits of the language model, float32 [..., V]; ids that aren't text are never likely."""
+        table_VD = self._table().astype(hidden.dtype)
+        logits = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
+        is_text_V = jnp.arange(self.config.vocab_size) < self.config.text_size
+        return jnp.where(is_text_V, logits, HIDDEN)
+
+    def value(self, hidden: jax.Array) -> jax.Array:
+        """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""
+        row_D = self._table()[self.config.reserved_token]
+        return self.value_gain * (hidden.astype(jnp.float32) @ row_D) + self.value_bias
+
+
+def _boxed_init(config: ModelConfig) -> Callable[[jax.Array], Params]:
+    def init(key: jax.Array) -> Params:
+        model = Transformer(config)
+        one = jnp.zeros((1, 1), jnp.int32)
+        return model.init(key, one, one, Packed(jnp.ones((1, 1, 1), bool)))
+
+    return init
+
+
+def shapes(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters; nothing is allocated."""
+    return nn.unbox(jax.eval_shape(_boxed_init(config), jax.random.key(0)))
+
+
+def shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """Where every parameter lives on the mesh.
+
+    Raises:
+      ValueError: a parameter's dimension that the mesh doesn't divide.
+    """
+    return tree_shardings(mesh, jax.eval_shape(_boxed_init(config), jax.random.key(0)))
+
+
+def init(config: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
+    """Fresh float32 parameters, made on the devices they live on."""
+    boxed_init = _boxed_init(config)
+    with jax.set_mesh(mesh):
+        return jax.jit(
+            lambda key: nn.unbox(boxed_init(key)), out_shardings=shardings(config, mesh)
+        )(key)
+
+
+def neutral_head(config: ModelConfig, params: Params, value: float) -> Params:
+    """The parameters with a verifier head that says `value` whatever it reads.
+
+    The reserved token's row of the unembedding is zero, so its logit is; through the gain of 1 the
+    row learns from the first step on, where a gain of 0 would keep the gradient from it.
+    """
+    table = "embed_VD" if config.tied else "unembed_VD"
+    tree = params["params"]
+    return {
+        "params": tree
+        | {
+            table: tree[table].at[config.reserved_token].set(0.0),
+            "value_gain": jnp.ones_like(tree["value_gain"]),
+            "value_bias": jnp.full_like(tree["value_bias"], value),
+        }
+    }
+
+
+def unstack(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model with an array of its own for each layer's weights: what decodes fastest."""
+    tree = dict(params["params"])
+    stacked = tree.pop("layers")
+    for i in range(config.layers):
+        tree[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+    return config.with_(scan_layers=False), {"params": tree}
+
+
+def count(tree: Sequence[Any] | Any) -> int:
+    """Number of scalars in a tree of arrays."""
+    return sum(x.size for x in jax.tree.leaves(tree))

@@ -1,0 +1,155 @@
+"""What stages hand to each other, and its only format on disk: row-aligned parquet shards.
+
+A work directory keeps, for every split, `samples/<split>/<shard>.parquet`, and beside it `labels/`
+and `scores/` with the same rows in the same order, keyed by (problem, sample). A shard is written
+under a temporary name, synced and renamed: a shard that exists is whole. Resuming is skipping
+the shards that exist.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem and its gold solution.
+
+    Attributes:
+      id: unique within a run, e.g. "train-00012"; stable for a given source.
+      question: the text shown to the model.
+      solution: worked steps with `<<48/2=24>>` annotations, the last line being `#### N`.
+    """
+
+    id: str
+    question: str
+    solution: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled solution.
+
+    Attributes:
+      problem: id of its problem. sample: its number, from 0.
+      text: what was written. tokens: its ids, the end-of-text token included if it came.
+      forced: was the token forced by the calculator?
+      logprob: sum of the log-probabilities, at temperature 1, of the tokens that weren't forced.
+      finished: ended by itself, not by the limit of tokens.
+    """
+
+    problem: str
+    sample: int
+    text: str
+    tokens: list[int]
+    forced: list[bool]
+    logprob: float
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Label:
+    """Is a completion's final answer the gold one? `answer` is None where there is no answer."""
+
+    problem: str
+    sample: int
+    answer: str | None
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """The verifier's value after every token of a completion, and the score made of them."""
+
+    problem: str
+    sample: int
+    values: list[float]
+    score: float
+
+
+_KEY = [("problem", pa.string()), ("sample", pa.int32())]
+SCHEMAS: dict[type, pa.Schema] = {
+    Completion: pa.schema(
+        [
+            *_KEY,
+            ("text", pa.string()),
+            ("tokens", pa.list_(pa.int32())),
+            ("forced", pa.list_(pa.bool_())),
+            ("logprob", pa.float64()),
+            ("finished", pa.bool_()),
+        ]
+    ),
+    Label: pa.schema([*_KEY, ("answer", pa.string()), ("correct", pa.bool_())]),
+    Score: pa.schema([*_KEY, ("values", pa.list_(pa.float32())), ("score", pa.float64())]),
+}
+
+Record = TypeVar("Record", Completion, Label, Score)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or none: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write(path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
+    """Write one shard."""
+    table = pa.Table.from_pylist([vars(row) for row in rows], schema=SCHEMAS[kind])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -> list[Any]:
+    """The rows of one shard; with `columns`, dictionaries of those only.
+
+    Raises:
+      ValueError: a missing, damaged or foreign file; names it and the mend.
+    """
+    try:
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        wanted = SCHEMAS[kind]
+        if columns is None and not table.schema.equals(wanted):
+            raise ValueError(f"its columns are {table.schema.names}, not {wanted.names}")
+        rows = table.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(
+            f"can't read {path} as {kind.__name__} records: {error}; delete it and run its stage "
+            "again"
+        ) from error
+    return rows if columns is not None else [kind(**row) for row in rows]
+
+
+def shard_path(folder: Path, index: int, count: int) -> Path:
+    return folder / f"{index:05d}-of-{count:05d}.parquet"
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards of a folder in order.
+
+    Raises:
+      ValueError: no shard, or not all that their names promise.
+    """
+    found = sorted(folder.glob("*-of-*.parquet"))
+    if not found:
+        raise ValueError(f"{folder} holds no records: run the stage that writes them first")
+    count = int(found[0].stem.split("-of-")[1])
+    if [p.name for p in found] != [shard_path(folder, i, count).name for i in range(count)]:
+        raise ValueError(f"{folder} should hold {count} shards, it holds {len(found)}")
+    return found
+
+
+def read_all(folder: Path, kind: type[Record]) -> list[Record]:
+    return [row for path in shards(folder) for row in read(path, kind)]
+
+

@@ -1,0 +1,352 @@
+"""The device side of the sampler: every slot takes one token a step, under one jit.
+
+P prompts are in flight, each with C slots; a slot grows one completion. A prompt's keys and values
+are computed and stored once for all its slots. The device sees token ids and small integer tables
+only; when an annotation's `=` has come (see `Tokenizer.grammar`), it stops and asks the host.
+
+The key of the token at position t of completion m of problem p is
+`fold_in(fold_in(fold_in(seed, p), m), t)`: which slot grows a completion, beside what, when and
+after which restart can't change it (bit for bit with the same shapes on the same mesh).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsm_verifier import sharding
+from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.model.transformer import Params, Transformer
+from gsm_verifier.text import tokenizer as tk
+
+# What a slot is doing.
+IDLE, RUNNING, ASKING, FINISHED = range(4)
+
+FORCED = 40  # most tokens the calculator can force at one time
+BLOCK = 64  # of the vocabulary, in the two-level inverse CDF
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: 0 takes the likeliest token. top_k: 0 for all. top_p: 1 for all.
+      max_tokens: longest completion, the end-of-text token included.
+      end: the token that ends a completion.
+      seed: of all draws.
+      chunk: most steps between two looks of the host.
+      patience: finished slots that make the device return early, to have them refilled.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_tokens: int
+    end: int
+    seed: int
+    chunk: int
+    patience: int
+
+
+class Slots(NamedTuple):
+    """The whole state of the sampler on the device."""
+
+    caches: list[BranchCache]  # one a layer, [P, K, S, H] and [P, C, K, W, H]
+    prompt_length_P: jax.Array
+    last_token_P: jax.Array  # of the prompt: the first input of each of its branches
+    status_PC: jax.Array
+    token_PC: jax.Array  # the next input
+    age_PC: jax.Array  # inputs of the branch already in its cache
+    annotation_PC: jax.Array  # state of the annotation grammar
+    problem_PC: jax.Array  # uint32 identity, for the keys
+    sample_PC: jax.Array
+    queue_PCQ: jax.Array  # tokens the calculator forces
+    queued_PC: jax.Array  # how many of them are left; they stand at the end of the queue
+
+
+class Orders(NamedTuple):
+    """What the host wants before the next step; each array has a row for every slot."""
+
+    start_PC: np.ndarray  # bool: begin completion (problem, sample)
+    stop_PC: np.ndarray  # bool: become idle
+    problem_PC: np.ndarray
+    sample_PC: np.ndarray
+    answer_PC: np.ndarray  # bool: an asking slot goes on ...
+    token_PC: np.ndarray  # ... with this as its last token ...
+    queue_PCQ: np.ndarray  # ... and these forced after it
+    queued_PC: np.ndarray
+
+
+class Trace(NamedTuple):
+    """What the slots wrote since the last look, by step; `steps` of the rows are filled."""
+
+    steps: jax.Array
+    active_XPC: jax.Array
+    token_XPC: jax.Array
+    forced_XPC: jax.Array
+    logprob_XPC: jax.Array
+    status_PC: jax.Array
+
+
+def no_orders(P: int, C: int) -> Orders:
+    def zeros(dtype: type, *more: int) -> np.ndarray:
+        return np.zeros((P, C, *more), dtype)
+
+    return Orders(
+        start_PC=zeros(bool),
+        stop_PC=zeros(bool),
+        problem_PC=zeros(np.uint32),
+        sample_PC=zeros(np.uint32),
+        answer_PC=zeros(bool),
+        token_PC=zeros(np.int32),
+        queue_PCQ=zeros(np.int32, FORCED),
+        queued_PC=zeros(np.int32),
+    )
+
+
+def empty_slots(
+    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, W: int
+) -> Slots:
+    """P prompts of at most S tokens, with C idle slots of W tokens each."""
+
+    def zeros(letters: str, dtype: Any, *shape: int) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=sharding.named(mesh, letters))
+
+    K, H = config.kv_heads, config.head_size
+
+    def cache() -> BranchCache:
+        prompt = [zeros("PKSH", config.dtype, P, K, S, H) for _ in range(2)]
+        own = [zeros("PCKWH", config.dtype, P, C, K, W, H) for _ in range(2)]
+        return BranchCache(*prompt, *own)
+
+    def slots(dtype: Any, *more: int) -> jax.Array:
+        return zeros("PC" + "S" * len(more), dtype, P, C, *more)
+
+    return Slots(
+        caches=[cache() for _ in range(config.layers)],
+        prompt_length_P=zeros("P", jnp.int32, P),
+        last_token_P=zeros("P", jnp.int32, P),
+        status_PC=slots(jnp.int32),
+        token_PC=slots(jnp.int32),
+        age_PC=slots(jnp.int32),
+        annotation_PC=slots(jnp.int32),
+        problem_PC=slots(jnp.uint32),
+        sample_PC=slots(jnp.uint32),
+        queue_PCQ=slots(jnp.int32, FORCED),
+        queued_PC=slots(jnp.int32),
+    )
+
+
+def prefill(
+    model: Transformer,
+    params: Params,
+    slots: Slots,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    row_B: jax.Array,
+) -> Slots:
+    """Compute the prompts' keys and values and put them in rows `row_B` (row P: nowhere).
+
+    Args:
+      tokens_BT: prompts padded to the S of the caches.
+      length_B: their lengths; the last token isn't computed here: every branch starts with it.
+    """
+    B, T = tokens_BT.shape
+    position_T = jnp.arange(T)
+    visible_BTS = jnp.broadcast_to(position_T[:, None] >= position_T, (B, T, T))
+    position_BT = jnp.broadcast_to(position_T, (B, T))
+    _, kept = model.apply(params, tokens_BT, position_BT, Packed(visible_BTS, keep=True))
+
+    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
+        return rows.at[row_B].set(new.astype(rows.dtype), mode="drop")
+
+    return slots._replace(
+        caches=[
+            cache._replace(
+                prompt_k_BKSH=put(cache.prompt_k_BKSH, k_BKSH),
+                prompt_v_BKSH=put(cache.prompt_v_BKSH, v_BKSH),
+            )
+            for cache, (k_BKSH, v_BKSH) in zip(slots.caches, kept, strict=True)
+        ],
+        prompt_length_P=put(slots.prompt_length_P, length_B - 1),
+        last_token_P=put(
+            slots.last_token_P, jnp.take_along_axis(tokens_BT, length_B[:, None] - 1, 1)[:, 0]
+        ),
+    )
+
+
+def obey(slots: Slots, orders: Orders) -> Slots:
+    """The slots after the host's orders."""
+    start, answer = orders.start_PC, orders.answer_PC
+
+    def first(cases: list[tuple[Any, Any]], otherwise: jax.Array) -> jax.Array:
+        return jnp.select([c for c, _ in cases], [v for _, v in cases], otherwise)
+
+    runs = jnp.full_like(slots.status_PC, RUNNING)
+    return slots._replace(
+        status_PC=first(
+            [(start | answer, runs), (orders.stop_PC, jnp.full_like(runs, IDLE))], slots.status_PC
+        ),
+        token_PC=first(
+            [
+                (start, jnp.broadcast_to(slots.last_token_P[:, None], start.shape)),
+                (answer, orders.token_PC),
+            ],
+            slots.token_PC,
+        ),
+        age_PC=jnp.where(start, 0, slots.age_PC),
+        annotation_PC=jnp.where(start | answer, tk.TEXT, slots.annotation_PC),
+        problem_PC=jnp.where(start, orders.problem_PC, slots.problem_PC),
+        sample_PC=jnp.where(start, orders.sample_PC, slots.sample_PC),
+        queue_PCQ=jnp.where(answer[..., None], orders.queue_PCQ, slots.queue_PCQ),
+        queued_PC=first(
+            [(start, jnp.zeros_like(slots.queued_PC)), (answer, orders.queued_PC)], slots.queued_PC
+        ),
+    )
+
+
+def restrict(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits [..., V] with all but the top k, and all but the nucleus of mass top_p, hidden."""
+    if top_k:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, HIDDEN, logits)
+    if top_p < 1:
+        ordered = -jnp.sort(-logits, -1)
+        probs = jax.nn.softmax(ordered, -1)
+        inside = jnp.cumsum(probs, -1) - probs < top_p  # the mass before a token
+        least = jnp.where(inside, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < least, HIDDEN, logits)
+    return logits
+
+
+def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The index drawn from unnormalised weights [..., V] by one uniform number [...] each.
+
+    One number a row where Gumbel noise needs V, and two levels, blocks and then a block's members,
+    so that only sums and a short cumulative sum run over the vocabulary. V is a multiple of BLOCK.
+    """
+    blocks = weight_V.reshape(*weight_V.shape[:-1], -1, BLOCK)
+
+    def pick(weight: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = jnp.cumsum(weight, -1)
+        before = total - weight
+        hit = (before <= target[..., None]) & (weight > 0)
+        index = weight.shape[-1] - 1 - jnp.argmax(hit[..., ::-1], -1)  # the last that begins before
+        return index, target - jnp.take_along_axis(before, index[..., None], -1)[..., 0]
+
+    mass = blocks.sum(-1)
+    block, rest = pick(mass, uniform * mass.sum(-1))
+    member, _ = pick(jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :], rest)
+    return block * BLOCK + member
+
+
+def draw(
+    logits_PCV: jax.Array, sampling: Sampling, problem: jax.Array, sample: jax.Array, at: jax.Array
+) -> jax.Array:
+    """The next token of every slot, [P, C]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_PCV, -1)
+    logits_PCV = restrict(logits_PCV / sampling.temperature, sampling.top_k, sampling.top_p)
+    key = jax.random.key(sampling.seed)
+
+    def uniform(problem: jax.Array, sample: jax.Array, at: jax.Array) -> jax.Array:
+        token_key = jax.random.fold_in(key, problem)
+        token_key = jax.random.fold_in(jax.random.fold_in(token_key, sample), at)
+        return jax.random.uniform(token_key)
+
+    uniform_PC = jax.vmap(jax.vmap(uniform))(problem, sample, at)
+    weight_PCV = jnp.exp(logits_PCV - logits_PCV.max(-1, keepdims=True))
+    return inverse_cdf(weight_PCV, uniform_PC)
+
+
+def one_step(
+    model: Transformer, params: Params, slots: Slots, sampling: Sampling, grammar_VX: jax.Array
+) -> tuple[Slots, dict[str, jax.Array]]:
+    """One token for every running slot."""
+    active = slots.status_PC == RUNNING
+    position_PC = slots.prompt_length_P[:, None] + slots.age_PC
+    hidden, caches = model.apply(
+        params,
+        slots.token_PC,
+        position_PC,
+        Branches(slots.prompt_length_P, slots.age_PC),
+        slots.caches,
+    )
+    logits_PCV = model.apply(params, hidden, method="logits")
+    drawn = draw(logits_PCV, sampling, slots.problem_PC, slots.sample_PC, slots.age_PC)
+    forced = slots.queued_PC > 0
+    head = jnp.clip(FORCED - slots.queued_PC, 0, FORCED - 1)
+    queued = jnp.take_along_axis(slots.queue_PCQ, head[..., None], -1)[..., 0]
+    token = jnp.where(forced, queued, drawn)
+    # Of the model itself: at temperature 1, over the whole vocabulary.
+    picked = jnp.take_along_axis(logits_PCV, token[..., None], -1)[..., 0]
+    logprob = picked - jax.nn.logsumexp(logits_PCV, -1)
+    age = slots.age_PC + active
+    annotation = grammar_VX[token, slots.annotation_PC]
+    annotation = jnp.where(forced, tk.TEXT, annotation)
+    status = jnp.select(
+        [
+            ~active,
+            (token == sampling.end) | (age >= sampling.max_tokens),
+            annotation == tk.ASK,
+        ],
+        [slots.status_PC, jnp.full_like(age, FINISHED), jnp.full_like(age, ASKING)],
+        RUNNING,
+    )
+    slots = slots._replace(
+        caches=caches,
+        status_PC=status,
+        token_PC=jnp.where(active, token, slots.token_PC),
+        age_PC=age,
+        annotation_PC=jnp.where(active, annotation, slots.annotation_PC),
+        queued_PC=jnp.maximum(slots.queued_PC - active, 0),
+    )
+    return slots, {"active": active, "token": token, "forced": forced, "logprob": logprob}
+
+
+def advance(
+    model: Transformer,
+    params: Params,
+    slots: Slots,
+    orders: Orders,
+    sampling: Sampling,
+    grammar_VX: jax.Array,
+) -> tuple[Slots, Trace]:
+    """Obey, then step until a slot asks, enough have finished, or the chunk is full."""
+    slots = obey(slots, orders)
+    shape = (sampling.chunk, *slots.status_PC.shape)
+    log = {
+        "active": jnp.zeros(shape, bool),
+        "token": jnp.zeros(shape, jnp.int32),
+        "forced": jnp.zeros(shape, bool),
+        "logprob": jnp.zeros(shape, jnp.float32),
+    }
+
+    def goes_on(carry: tuple[jax.Array, Slots, dict[str, jax.Array]]) -> jax.Array:
+        steps, slots, _ = carry
+        status = slots.status_PC
+        return (
+            (steps < sampling.chunk)
+            & (status == RUNNING).any()
+            & ~(status == ASKING).any()
+            & ((status == FINISHED).sum() < sampling.patience)
+        )
+
+    def body(carry: tuple[jax.Array, Slots, dict[str, jax.Array]]) -> Any:
+        steps, slots, log = carry
+        slots, row = one_step(model, params, slots, sampling, grammar_VX)
+        log = {
+            name: jax.lax.dynamic_update_index_in_dim(log[name], row[name].astype(x.dtype), steps, 0)
+            for name, x in log.items()
+        }
+        return steps + 1, slots, log
+
+    steps, slots, log = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), slots, log))
+    trace = Trace(
+        steps, log["active"], log["token"], log["forced"], log["logprob"], slots.status_PC
+    )
+    return slots, trace

@@ -1,0 +1,275 @@
+"""The host side of the sampler: keeps the slots full, runs the calculator, harvests completions."""
+
+import functools
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsm_verifier import sharding
+from gsm_verifier.model import transformer
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.model.transformer import Params, Transformer
+from gsm_verifier.records import Completion
+from gsm_verifier.sample import decode
+from gsm_verifier.sample.decode import FORCED, Sampling
+from gsm_verifier.text import calculator
+from gsm_verifier.text.tokenizer import Tokenizer
+
+PROMPT_BUCKET = 32  # prompts are padded to a multiple of it, to compile few shapes
+
+
+@dataclass(frozen=True)
+class Request:
+    """Completions wanted of one problem: its prompt's ids and the numbers of the samples."""
+
+    problem: str
+    prompt: list[int]
+    samples: range
+
+
+@dataclass
+class _Row:
+    """A prompt in flight: whose it is and which samples are still to be started."""
+
+    request: Request
+    waiting: list[int]
+
+
+def problem_key(problem: str) -> int:
+    """The identity of a problem in the keys of its draws: stable on every machine."""
+    return zlib.crc32(problem.encode())
+
+
+class Engine:
+    """Samples completions of many problems, as many at a time as there are slots.
+
+    Attributes:
+      useful: share of the slot-steps run so far that wrote a token.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        *,
+        prompts: int,
+        slots: int,
+        calculator: bool,
+    ):
+        """
+        Args:
+          config: the model; its layers stacked.
+          params: its parameters on the mesh.
+          prompts: P, prompts in flight. slots: C, completions of each at one time.
+          calculator: force the results of annotations.
+        """
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._P, self._C = math.ceil(prompts / devices) * devices, slots
+        self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
+        self._config, self._params = transformer.unstack(config, params)
+        # Matrices are cast once here, not at every step.
+        self._params = jax.tree.map(
+            lambda x: x.astype(config.dtype) if x.ndim > 1 else x, self._params
+        )
+        model = Transformer(self._config)
+        table = tokenizer.grammar() if calculator else np.zeros((tokenizer.size, 6), np.int8)
+        padded = np.zeros((config.vocab_size, table.shape[1]), np.int32)
+        padded[: len(table)] = table
+        self._grammar = jnp.asarray(padded, device=sharding.named(mesh, ()))
+        self._prefill = jax.jit(functools.partial(decode.prefill, model), donate_argnums=1)
+        self._advance = jax.jit(
+            functools.partial(decode.advance, model, sampling=sampling), donate_argnums=1
+        )
+        self._steps = self._used = 0
+
+    @property
+    def useful(self) -> float:
+        return self._used / max(self._steps * self._P * self._C, 1)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions in the order in which they finish.
+
+        Raises:
+          ValueError: a prompt that leaves no room for max_tokens in the model's max_length.
+        """
+        queue = sorted(requests, key=lambda r: -len(r.samples))
+        if not queue:
+            return
+        longest = max(len(r.prompt) for r in queue)
+        if longest + self._sampling.max_tokens > self._config.max_length:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_tokens={self._sampling.max_tokens} exceed "
+                f"model.max_length={self._config.max_length}: raise it or lower max_tokens"
+            )
+        with jax.set_mesh(self._mesh):
+            yield from _Run(self, queue, math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET).loop()
+
+
+class _Run:
+    """One call of `Engine.run`: the host's picture of the slots."""
+
+    def __init__(self, engine: Engine, queue: list[Request], S: int):
+        self._e, self._queue, self._S = engine, queue[::-1], S
+        P, C, W = engine._P, engine._C, engine._sampling.max_tokens
+        self._rows: list[_Row | None] = [None] * P
+        self._sample = np.full((P, C), -1, np.int64)  # -1: idle
+        self._tokens = np.zeros((P, C, W), np.int32)
+        self._forced = np.zeros((P, C, W), bool)
+        self._logprob = np.zeros((P, C, W), np.float64)
+        self._length = np.zeros((P, C), np.int64)
+        self._slots = decode.empty_slots(engine._config, engine._mesh, P, C, S, W)
+        self._prefill_rows = min(P, max(4, engine._mesh.size))
+
+    def loop(self) -> Iterator[Completion]:
+        orders = decode.no_orders(self._e._P, self._e._C)
+        self._admit()
+        self._start(orders)
+        while (self._sample >= 0).any():
+            self._slots, trace = self._e._advance(
+                self._e._params, self._slots, self._global(orders), grammar_VX=self._e._grammar
+            )
+            status = self._read(trace)
+            orders = decode.no_orders(self._e._P, self._e._C)
+            for p, c in np.argwhere(status == decode.ASKING):
+                self._answer(orders, p, c)
+            for p, c in np.argwhere((status == decode.FINISHED) & (self._sample >= 0)):
+                yield self._harvest(p, c)
+                orders.stop_PC[p, c] = True
+            self._admit()
+            self._start(orders)
+
+    def _global(self, orders: decode.Orders) -> decode.Orders:
+        return jax.tree.map(
+            lambda x: sharding.to_global(self._e._mesh, "PC" + "S" * (x.ndim - 2), x), orders
+        )
+
+    def _admit(self) -> None:
+        """Give the rows that are done new prompts, some at a time to share a prefill."""
+        free = []
+        for p, row in enumerate(self._rows):
+            if row is None or (not row.waiting and (self._sample[p] < 0).all()):
+                free.append(p)
+        batch = min(len(free), len(self._queue))
+        some_run = (self._sample >= 0).any()
+        if not batch or (batch < min(self._prefill_rows, len(self._queue)) and some_run):
+            return
+        while batch > 0:
+            B = self._prefill_rows
+            tokens = np.zeros((B, self._S), np.int32)
+            length = np.ones(B, np.int32)
+            where = np.full(B, self._e._P, np.int32)
+            for b in range(min(B, batch)):
+                request = self._queue.pop()
+                where[b] = free.pop(0)
+                self._rows[where[b]] = _Row(request, list(request.samples)[::-1])
+                tokens[b, : len(request.prompt)] = request.prompt
+                length[b] = len(request.prompt)
+            batch -= B
+            put = functools.partial(sharding.to_global, self._e._mesh)
+            self._slots = self._e._prefill(
+                self._e._params, self._slots, put("BT", tokens), put("B", length), put("B", where)
+            )
+
+    def _start(self, orders: decode.Orders) -> None:
+        """Start waiting samples in idle slots."""
+        for p, row in enumerate(self._rows):
+            if row is None or not row.waiting:
+                continue
+            for c in np.flatnonzero(self._sample[p] < 0):
+                if not row.waiting:
+                    break
+                sample = row.waiting.pop()
+                self._sample[p, c] = sample
+                self._length[p, c] = 0
+                orders.start_PC[p, c] = True
+                orders.problem_PC[p, c] = problem_key(row.request.problem)
+                orders.sample_PC[p, c] = sample
+
+    def _read(self, trace: decode.Trace) -> np.ndarray:
+        """Append what the slots wrote; the slots' status."""
+        steps = int(trace.steps)
+        active, token, forced, logprob = (
+            sharding.to_host(x)[:steps]
+            for x in (trace.active_XPC, trace.token_XPC, trace.forced_XPC, trace.logprob_XPC)
+        )
+        for x in range(steps):
+            p, c = np.nonzero(active[x])
+            at = self._length[p, c]
+            self._tokens[p, c, at] = token[x, p, c]
+            self._forced[p, c, at] = forced[x, p, c]
+            self._logprob[p, c, at] = logprob[x, p, c]
+            self._length[p, c] += 1
+        self._e._steps += steps
+        self._e._used += int(active.sum())
+        return sharding.to_host(trace.status_PC)
+
+    def _answer(self, orders: decode.Orders, p: int, c: int) -> None:
+        """Evaluate the annotation a slot has just opened; refused, its sampling goes on."""
+        length = self._length[p, c]
+        tokens = self._tokens[p, c, :length]
+        orders.answer_PC[p, c] = True
+        orders.token_PC[p, c] = tokens[-1]
+        ids = self._forced_ids(tokens)
+        if not ids:
+            return
+        # The token that held the `=` may hold more (`=-`): it is written again, up to the `=`.
+        orders.token_PC[p, c] = ids[0]
+        if ids[0] != tokens[-1]:
+            self._tokens[p, c, length - 1] = ids[0]
+            self._forced[p, c, length - 1] = True
+        orders.queue_PCQ[p, c, FORCED - len(ids) + 1 :] = ids[1:]
+        orders.queued_PC[p, c] = len(ids) - 1
+
+    def _forced_ids(self, tokens: np.ndarray) -> list[int]:
+        """Ids that replace the last token and follow it; none if the calculator refuses."""
+        tokenizer = self._e._tokenizer
+        text = tokenizer.decode(tokens)
+        expression = calculator.open_expression(text)
+        if expression is None:
+            return []
+        before = tokenizer.decode(tokens[:-1])
+        result = calculator.evaluate(expression, context=before)
+        opened = text.rfind("<<")
+        upto = text.index("=", opened) + 1
+        if result is None or not text.startswith(before) or upto <= len(before):
+            return []
+        ids = tokenizer.encode(text[len(before) : upto] + result + ">>")
+        return ids if len(ids) <= FORCED else []
+
+    def _harvest(self, p: int, c: int) -> Completion:
+        row, length = self._rows[p], self._length[p, c]
+        tokens = self._tokens[p, c, :length]
+        forced = self._forced[p, c, :length]
+        completion = Completion(
+            problem=row.request.problem,
+            sample=int(self._sample[p, c]),
+            text=self._e._tokenizer.decode(tokens),
+            tokens=tokens.tolist(),
+            forced=forced.tolist(),
+            # What the calculator forced wasn't the model's choice.
+            logprob=float(self._logprob[p, c, :length][~forced].sum()),
+            finished=bool(tokens[-1] == self._e._sampling.end),
+        )
+        self._sample[p, c] = -1
+        return completion
+
+
+def sampling_of(options: Any, end: int, seed: int, slots: int, **changes: Any) -> Sampling:
+    """The `Sampling` of a stage's `config.sample`, with changes (greedy: `temperature=0.0`)."""
+    words = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "max_tokens": options.max_tokens,
+        "chunk": options.chunk_steps,
+    }
+    return Sampling(**(words | changes), end=end, seed=seed, patience=max(1, slots // 32))

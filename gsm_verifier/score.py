@@ -1,0 +1,97 @@
+"""The verifier's values: one after every token of every completion (section 4.2)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from gsm_verifier import sharding
+from gsm_verifier.data.packing import Branch, PackedRows, Tree, split
+from gsm_verifier.model.attention import Packed
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.model.transformer import Params, Transformer
+from gsm_verifier.train import loop
+from gsm_verifier.train.batch import Batch
+from gsm_verifier.train.losses import squashed
+
+AGGREGATES = {
+    "last": lambda values: values[-1],
+    "mean": np.mean,
+    "min": np.min,
+    "product": lambda values: np.prod(np.clip(values, 0.0, 1.0)),
+}
+
+
+def aggregate(values: Sequence[float], how: str) -> float:
+    """One ranking score of the values after each token: last | mean | min | product.
+
+    The paper leaves this open; the last value, after the whole solution, is the natural reading.
+    """
+    return float(AGGREGATES[how](np.asarray(values, np.float64)))
+
+
+class Scorer:
+    """Computes values with one verifier. Completions of a problem share its computed question."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        mesh: jax.sharding.Mesh,
+        *,
+        squash: str,
+        row_tokens: int,
+        rows: int,
+    ):
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._rows = -(-rows // devices) * devices
+        self._params, self._mesh, self._row_tokens = params, mesh, row_tokens
+        model = Transformer(config)
+
+        def values(params: Params, batch_ABT: Batch) -> jax.Array:
+            batch = jax.tree.map(lambda x: x[0], batch_ABT)
+            hidden_BTD, _ = model.apply(
+                params, batch.tokens_BT, batch.position_BT, Packed(batch.visible_BTS())
+            )
+            return squashed(model.apply(params, hidden_BTD, method="value"), squash)
+
+        self._values = jax.jit(values)
+
+    def __call__(
+        self, items: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]]
+    ) -> Iterator[list[np.ndarray]]:
+        """For each (question ids, completions' ids): each completion's values, float32 [tokens].
+
+        Raises:
+          ValueError: a question and completion longer than a row, naming the mend.
+        """
+        trees, counts = [], []
+        for question, completions in items:
+            branches = [Branch(c, value_weights=np.ones(len(c), np.float32)) for c in completions]
+            parts = split(Tree(question, branches), self._row_tokens)
+            trees += parts
+            counts.append(len(parts))
+        packed = PackedRows(trees, self._row_tokens, 1, seed=0)
+        found: dict[int, list[np.ndarray]] = {}
+        with jax.set_mesh(self._mesh):
+            for index, fields in enumerate(packed.batches(self._rows)):
+                values_BT = self._values(
+                    self._params, loop.device_batch(self._mesh, fields, 1)
+                )
+                values = sharding.to_host(values_BT)
+                for b in range(self._rows):
+                    for tree, start in packed.layout(index * self._rows + b):
+                        found[tree] = _branches(trees[tree], values[b, start:])
+        at = 0
+        for count in counts:
+            yield [v for tree in range(at, at + count) for v in found[tree]]
+            at += count
+
+
+def _branches(tree: Tree, values_T: np.ndarray) -> list[np.ndarray]:
+    """The values of each branch, from those of the row that begins with the tree."""
+    out, start = [], len(tree.question) - 1
+    for branch in tree.branches:
+        out.append(values_T[start + 1 : start + branch.length].astype(np.float32))
+        start += branch.length
+    return out

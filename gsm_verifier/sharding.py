@@ -1,0 +1,125 @@
+"""The alphabet of dimensions, and where each letter lives on the mesh.
+
+The same letters name an array's axes everywhere: as the suffix of its name (`wq_DNH`), in einsum
+strings, and here, as logical sharding axes.
+
+| letter | dimension | | letter | dimension |
+|---|---|---|---|---|
+| B | rows of a batch | | V | vocabulary |
+| T | positions computed | | L | layers |
+| S | positions attended to | | P | prompts in flight (sampler) |
+| D | width | | C | completion slots of a prompt (sampler) |
+| F | feed-forward width | | W | window of a branch's own cache (sampler) |
+| N | query heads | | M | completions of a problem (host) |
+| K | key/value heads | | R | rows of a record shard (host) |
+| G | query heads per key/value head | | A | accumulated microbatches |
+| H | head size | | | |
+
+A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded over their width) and
+`tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "P": ("data", "fsdp"),
+    "D": ("fsdp",),
+    "F": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+} | {letter: () for letter in "ATSGHLCWM"}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh over all devices of all processes; one of the sizes may be -1: what is left.
+
+    Raises:
+      ValueError: the sizes don't multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} doesn't cover {devices} devices: "
+            "make the product of the sizes equal to it, or set one of them to -1"
+        )
+    # Explicit axes, the default, are not understood by linen.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(letters: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of dimensions named by letters. A mesh axis serves its first dimension."""
+    used: set[str] = set()
+    parts = []
+    for letter in letters:
+        axes = tuple(a for a in (RULES[letter] if letter else ()) if a not in used)
+        used.update(axes)
+        parts.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*parts)
+
+
+def named(mesh: Mesh, letters: Sequence[str | None]) -> NamedSharding:
+    return NamedSharding(mesh, spec(letters))
+
+
+def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
+    """Pin a traced array to the mesh of the enclosing `jax.set_mesh`; no mesh, no constraint."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
+    """Shardings of a tree of linen boxes, as `jax.eval_shape(model.init, ...)` makes it.
+
+    Raises:
+      ValueError: a dimension that its mesh axes don't divide, named with its parameter.
+    """
+
+    def one(path: Any, box: nn.LogicallyPartitioned) -> NamedSharding:
+        sharding = named(mesh, box.names)
+        for size, letter, axes in zip(box.value.shape, box.names, sharding.spec, strict=True):
+            axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+            parts = math.prod(mesh.shape[a] for a in axes)
+            if size % parts:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)}: dimension {letter} of size {size} can't be "
+                    f"split over mesh axes {'x'.join(axes)} = {parts}: change the mesh or the size"
+                )
+        return sharding
+
+    return jax.tree.map_with_path(one, boxed, is_leaf=_is_box)
+
+
+def to_global(mesh: Mesh, letters: Sequence[str | None], host: np.ndarray) -> jax.Array:
+    """The global array of a host array that every process holds whole."""
+    sharding = named(mesh, letters)
+    if jax.process_count() == 1:
+        return jax.device_put(host, sharding)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole value of a global array, on every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,131 @@
+"""Text to token ids and back, over the `tokenizers` library, and the calculator's token grammar."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
+
+# States of an annotation as the characters of a completion go by. ASK is the only one anybody
+# reads: an annotation is open and its first `=` has just been written.
+TEXT, LESS, OPEN, OPEN_LESS, OPEN_GREATER, ASK = range(6)
+_STEP = {
+    (TEXT, "<"): LESS,
+    (LESS, "<"): OPEN,
+    (OPEN, "<"): OPEN_LESS,
+    (OPEN, ">"): OPEN_GREATER,
+    (OPEN, "="): ASK,
+    (OPEN_LESS, "<"): OPEN,
+    (OPEN_LESS, ">"): OPEN_GREATER,
+    (OPEN_LESS, "="): ASK,
+    (OPEN_GREATER, "<"): OPEN_LESS,
+    (OPEN_GREATER, "="): ASK,
+    (OPEN_GREATER, ">"): TEXT,
+}
+_ELSE = {TEXT: TEXT, LESS: TEXT, OPEN: OPEN, OPEN_LESS: OPEN, OPEN_GREATER: OPEN, ASK: ASK}
+
+
+class Tokenizer:
+    """A tokenizer in which text from data never becomes a special token.
+
+    Attributes:
+      size: number of ids, special ones included.
+      end: id of the token that ends a completion or a document.
+    """
+
+    def __init__(self, backend: Backend, end_token: str | None = None):
+        # Or "<|endoftext|>" inside a question would become the special id.
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values()) + 1
+        names = [end_token] if end_token else END_NAMES
+        self.end = next((vocabulary[n] for n in names if n in vocabulary), -1)
+        if self.end < 0:
+            raise ValueError(f"the tokenizer has none of the end-of-text tokens {', '.join(names)}")
+
+    @classmethod
+    def load(cls, path: str | Path, end_token: str | None = None) -> "Tokenizer":
+        """Any `tokenizer.json`.
+
+        Raises:
+          ValueError: no such file, or not a tokenizer; names the path.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no tokenizer at {path}: give the path of a tokenizer.json")
+        try:
+            return cls(Backend.from_file(str(path)), end_token)
+        except ValueError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> "Tokenizer":
+        """A byte-level BPE of at most `size` ids in which every digit is a token of its own."""
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, path: str | Path) -> None:
+        self._backend.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        # Lone surrogates can't be encoded as UTF-8; they come from hostile JSON only.
+        clean = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
+        return [e.ids for e in self._backend.encode_batch(clean, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens and unknown ids are left out."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The text each id adds to the text before it; joined they are decode(ids)."""
+        ids, out, done = [int(i) for i in ids], [], ""
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[:end])
+            # An unfinished multi-byte character shows with the token that finishes it.
+            text = text if end == len(ids) else text.rstrip("\ufffd")
+            out.append(text[len(done) :] if text.startswith(done) else "")
+            done = text if text.startswith(done) else done
+        return out
+
+    def grammar(self) -> np.ndarray:
+        """Transition table of the annotation states, int8 [V, states]: state after a token.
+
+        It answers "is an annotation open, and has its first `=` just come?" for any way a BPE may
+        have merged the characters (`=-`, `)=`, `<<4`), so that no token id stands in the source.
+        It may ask once too often; the calculator, reading the text, has the last word.
+        """
+        table = np.zeros((self.size, ASK + 1), np.int8)
+        for token in range(self.size):
+            text = self.decode([token])
+            for start in range(ASK + 1):
+                state = TEXT if start == ASK else start  # asked and answered: over
+                for character in text:
+                    state = _STEP.get((state, character), _ELSE[state])
+                table[token, start] = state
+        return table

@@ -1,0 +1,105 @@
+"""The one Batch of all training, and the trees each stage makes its batches from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gsm_verifier.data.packing import Branch, Tree, split
+
+
+class Batch(NamedTuple):
+    """Packed trees, each [B, T]. See `gsm_verifier.data.packing` for the layout.
+
+    Attributes:
+      tokens_BT: inputs. targets_BT: the next token of the same branch.
+      position_BT: position in the question followed by the branch.
+      problem_BT: number of the tree in its row, 0 for padding.
+      branch_BT: 0 in the question, 1.. in its branches.
+      lm_weight_BT: weight of the cross-entropy of targets_BT.
+      value_weight_BT: weight of the verifier's error after tokens_BT.
+      label_BT: is the branch a correct solution?
+    """
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    position_BT: jax.Array
+    problem_BT: jax.Array
+    branch_BT: jax.Array
+    lm_weight_BT: jax.Array
+    value_weight_BT: jax.Array
+    label_BT: jax.Array
+
+    @classmethod
+    def of(cls, fields: dict[str, np.ndarray]) -> "Batch":
+        return cls(**{f"{name}_BT": array for name, array in fields.items()})
+
+    def visible_BTS(self) -> jax.Array:
+        """Position t sees s: not later, of the same problem, and of the question or its branch."""
+        T = self.tokens_BT.shape[1]
+        t, s = np.arange(T)[:, None], np.arange(T)[None]
+        same = self.problem_BT[:, :, None] == self.problem_BT[:, None, :]
+        line = (self.branch_BT[:, None, :] == 0) | (
+            self.branch_BT[:, :, None] == self.branch_BT[:, None, :]
+        )
+        return (s <= t) & same & line
+
+
+def document_trees(documents: Sequence[Sequence[int]], capacity: int) -> list[Tree]:
+    """Pretraining: documents in pieces of at most `capacity` predictions, all of weight 1."""
+    return [
+        Tree(ids[start : start + capacity + 1], lm_weight=1.0)
+        for ids in documents
+        for start in range(0, len(ids) - 1, capacity)
+    ]
+
+
+def finetuning_trees(
+    questions: Sequence[Sequence[int]], solutions: Sequence[Sequence[int]], question_loss: bool
+) -> list[Tree]:
+    """Finetuning: one gold branch for each problem (section 4.1: the loss is over all tokens)."""
+    return [
+        Tree(q, [Branch(s, lm_weight=1.0)], lm_weight=float(question_loss))
+        for q, s in zip(questions, solutions, strict=True)
+    ]
+
+
+def verifier_trees(
+    question: Sequence[int],
+    gold: Sequence[int],
+    completions: Sequence[Sequence[int]],
+    labels: Sequence[bool],
+    *,
+    level: str,
+    objective: str,
+    mix: str,
+    branches: int,
+    capacity: int,
+) -> list[Tree]:
+    """Verifier training: the trees of one problem's labelled completions (section 4.2).
+
+    Args:
+      level: "token", a value after every token, or "solution", after the last one only.
+      objective: "joint" with the language model's loss on gold solutions, or "verifier_only".
+      mix: how language data becomes half of the mix. "paper": as many copies of the gold solution
+        as there are completions, in trees of their own. "weighted": the gold solution once, as a
+        branch of the same tree, weighted by their number: the same expected gradient for less.
+      branches: most completions that share one computed question; 1 is the paper's literal batch.
+      capacity: most positions of a tree.
+    """
+    trees = []
+    judged = []
+    for tokens, label in zip(completions, labels, strict=True):
+        weights = np.ones(len(tokens), np.float32)
+        if level == "solution":
+            weights[:-1] = 0.0
+        judged.append(Branch(tokens, value_weights=weights, label=float(label)))
+    for start in range(0, len(judged), branches):
+        group = judged[start : start + branches]
+        if objective == "joint" and mix == "weighted":
+            group = [*group, Branch(gold, lm_weight=float(len(group)))]
+        trees.append(Tree(question, group))
+    if objective == "joint" and mix == "paper":
+        trees += [Tree(question, [Branch(gold, lm_weight=1.0)]) for _ in judged]
+    return [part for tree in trees for part in split(tree, capacity)]

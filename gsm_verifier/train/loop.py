@@ -1,0 +1,243 @@
+"""The one training loop: pretraining, finetuning and verifier training differ in their trees."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from gsm_verifier import checkpoint, sharding
+from gsm_verifier.data.packing import PackedRows, Tree
+from gsm_verifier.model import transformer
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.model.transformer import Params, Transformer
+from gsm_verifier.train import losses, optimizer
+from gsm_verifier.train.batch import Batch
+from gsm_verifier.train.losses import Objective
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training, all on the mesh."""
+
+    params: Params
+    opt_state: Any
+    step: jax.Array
+
+
+class Plan(NamedTuple):
+    """How a run is cut into steps.
+
+    Attributes:
+      rows: rows of a microbatch. accumulate: microbatches of a step. steps: of the whole run.
+    """
+
+    rows: int
+    accumulate: int
+    steps: int
+
+
+def plan(source_rows: int, options: Any, devices: int) -> Plan:
+    """Cut `source_rows` rows into steps of about `options.batch_tokens` tokens."""
+    wanted = max(1, round(options.batch_tokens / options.row_tokens))
+    rows = math.ceil(min(wanted, options.microbatch_rows) / devices) * devices
+    accumulate = max(1, round(wanted / rows))
+    return Plan(rows, accumulate, math.ceil(source_rows / (rows * accumulate)))
+
+
+def make_optimizer(options: Any, steps: int) -> optax.GradientTransformation:
+    return optimizer.make(
+        options.learning_rate,
+        steps,
+        warmup=options.warmup_steps,
+        beta1=options.adam_beta1,
+        beta2=options.adam_beta2,
+        epsilon=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+        clip=options.clip_norm,
+    )
+
+
+def make_step(
+    model: Transformer, objective: Objective, tx: optax.GradientTransformation, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimiser step on a Batch of [A, B, T] arrays: A accumulated microbatches.
+
+    The two losses are means over the whole step's weights, so that how a step is cut into
+    microbatches doesn't change its gradient.
+    """
+
+    def step(state: TrainState, batch_ABT: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def micro(params: Params, batch: Batch, index: jax.Array) -> tuple[jax.Array, Any]:
+            rng = jax.random.fold_in(key, index) if model.dropout else None
+            sums = losses.loss_sums(model, params, batch, objective, rng)
+            means = losses.mean_losses(sums, batch_ABT)
+            return means["lm"] + means["value"], means
+
+        def accumulate(carry: Any, item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            got = jax.grad(micro, has_aux=True)(state.params, *item)
+            return jax.tree.map(jnp.add, carry, got), None
+
+        A = batch_ABT.tokens_BT.shape[0]
+        if A == 1:
+            first = jax.tree.map(lambda x: x[0], batch_ABT)
+            grads, means = jax.grad(micro, has_aux=True)(state.params, first, jnp.zeros((), int))
+        else:
+            zero = (
+                jax.tree.map(jnp.zeros_like, state.params),
+                {"lm": jnp.zeros(()), "value": jnp.zeros(())},
+            )
+            (grads, means), _ = jax.lax.scan(accumulate, zero, (batch_ABT, jnp.arange(A)))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": means["lm"] + means["value"],
+            "lm_loss": means["lm"],
+            "value_loss": means["value"],
+            "grad_norm": optax.global_norm(grads),
+            "tokens": (batch_ABT.problem_BT > 0).sum(),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def state_shardings(
+    model: ModelConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any]:
+    """(shapes, shardings) of the TrainState: the optimiser's moments live where their weights do."""
+    params = transformer.shardings(model, mesh)
+    shapes = transformer.shapes(model)
+    opt_shapes = jax.eval_shape(tx.init, shapes)
+    alone = sharding.named(mesh, ())
+    opt = optax.tree_map_params(
+        tx, lambda _, s: s, opt_shapes, params, transform_non_params=lambda _: alone
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(shapes, opt_shapes, step), TrainState(params, opt, alone)
+
+
+def device_batch(mesh: jax.sharding.Mesh, fields: dict[str, np.ndarray], accumulate: int) -> Batch:
+    """A host batch of accumulate * rows rows on the mesh, each array [A, B, T]."""
+    return Batch.of(
+        {
+            name: sharding.to_global(
+                mesh, "ABT", x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+            )
+            for name, x in fields.items()
+        }
+    )
+
+
+def evaluate(
+    evaluate_step: Callable[[Params, Batch], dict[str, jax.Array]],
+    params: Params,
+    batches: Sequence[Batch],
+) -> dict[str, float]:
+    """Mean losses over held-out batches, keys prefixed with "heldout_"."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for name, value in evaluate_step(params, batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {
+        f"heldout_{name}_loss": sums[name] / sums[f"{name}_weight"]
+        for name in ("lm", "value")
+        if sums.get(f"{name}_weight")
+    }
+
+
+def fit(
+    *,
+    model: ModelConfig,
+    params: Params,
+    trees: Sequence[Tree],
+    held_out: Sequence[Tree],
+    options: Any,
+    objective: Objective,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    name: str,
+    log: Any,
+) -> Params:
+    """Train `params` on `trees` and return the trained ones.
+
+    Args:
+      params: initial parameters on the mesh; not used when `folder` holds a checkpoint.
+      held_out: trees whose losses are measured every `options.eval_every` steps.
+      options: a stage's training options, see `gsm_verifier.config`.
+      folder: where checkpoints go; an interrupted run goes on from the newest, bit for bit.
+      log: a `gsm_verifier.metrics.Metrics`.
+
+    Raises:
+      FloatingPointError: the loss stopped being finite, naming the step.
+    """
+    rows = PackedRows(trees, options.row_tokens, options.epochs, seed)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    cut = plan(len(rows), options, devices)
+    tx = make_optimizer(options, cut.steps)
+    shapes, where = state_shardings(model, tx, mesh)
+    with jax.set_mesh(mesh):
+        net = Transformer(model, dropout=options.dropout)
+        step = jax.jit(
+            make_step(net, objective, tx, seed), donate_argnums=0, out_shardings=(where, None)
+        )
+
+        def evaluate_step(params: Params, batch_ABT: Batch) -> dict[str, jax.Array]:
+            batch = jax.tree.map(lambda x: x[0], batch_ABT)
+            sums = losses.loss_sums(Transformer(model), params, batch, objective)
+            weights = {
+                "lm_weight": batch.lm_weight_BT.sum(),
+                "value_weight": batch.value_weight_BT.sum(),
+            }
+            return sums | weights
+
+        evaluate_step = jax.jit(evaluate_step)
+        held_out_rows = PackedRows(held_out, options.row_tokens, 1, 0)
+        held_out_batches = [
+            device_batch(mesh, fields, 1) for fields in held_out_rows.batches(cut.rows)
+        ]
+
+        checkpoints = checkpoint.Checkpoints(folder)
+        if checkpoints.latest is None:
+            opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
+            # The first step donates its input, which must not be the caller's parameters.
+            params = jax.tree.map(jnp.copy, params)
+            state = TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32)))
+        else:
+            state, _ = checkpoints.restore(checkpoint.abstract(shapes, where))
+        start = int(state.step)
+        log.rewind(start)
+        batches = rows.batches(cut.rows * cut.accumulate, start)
+        rate = optimizer.schedule(options.learning_rate, cut.steps, options.warmup_steps)
+        began, tokens = time.perf_counter(), 0
+        bar = tqdm(total=cut.steps, initial=start, desc=name, unit="step", mininterval=1.0)
+        for index in range(start, cut.steps):
+            batch = device_batch(mesh, next(batches), cut.accumulate)
+            state, metrics = step(state, batch)
+            done = index + 1
+            row = {key: float(value) for key, value in metrics.items()}
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"{name}: the loss is {row['loss']} at step {done}: lower {name}.learning_rate"
+                    f" (now {options.learning_rate}) or set {name}.clip_norm"
+                )
+            tokens += int(row.pop("tokens"))
+            if done % options.eval_every == 0 or done == cut.steps:
+                row |= evaluate(evaluate_step, state.params, held_out_batches)
+            seconds = time.perf_counter() - began
+            log.write(done, row | {"lr": float(rate(index)), "tokens": tokens, "seconds": seconds})
+            bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_per_s=f"{tokens / seconds:,.0f}")
+            bar.update()
+            if done % options.checkpoint_every == 0 and done < cut.steps:
+                checkpoints.save(done, state)
+        bar.close()
+        checkpoints.close()
+    return state.params
