@@ -151,5 +151,3 @@ def shards(folder: Path) -> list[Path]:
 
 def read_all(folder: Path, kind: type[Record]) -> list[Record]:
     return [row for path in shards(folder) for row in read(path, kind)]
-
-

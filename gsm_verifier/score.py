@@ -75,9 +75,7 @@ class Scorer:
         found: dict[int, list[np.ndarray]] = {}
         with jax.set_mesh(self._mesh):
             for index, fields in enumerate(packed.batches(self._rows)):
-                values_BT = self._values(
-                    self._params, loop.device_batch(self._mesh, fields, 1)
-                )
+                values_BT = self._values(self._params, loop.device_batch(self._mesh, fields, 1))
                 values = sharding.to_host(values_BT)
                 for b in range(self._rows):
                     for tree, start in packed.layout(index * self._rows + b):

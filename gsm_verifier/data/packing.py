@@ -166,7 +166,9 @@ class PackedRows:
         row = {name: np.zeros(self.capacity, dtype) for name, dtype in FIELDS.items()}
         for number, (tree, start) in enumerate(self.layout(index), 1):
             for name, values in self.trees[tree].flatten().items():
-                row[name][start : start + len(values)] = values * (number if name == "problem" else 1)
+                row[name][start : start + len(values)] = values * (
+                    number if name == "problem" else 1
+                )
         return row
 
     def batches(self, rows: int, start: int = 0) -> grain.DatasetIterator:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gsm_verifier.records import Problem
+from gsm_verifier.records import Problem, write_atomically
 from gsm_verifier.text import answers
 
 _EXAMPLE = '{"question": "...", "answer": "... #### 42"}'
@@ -22,7 +22,9 @@ def load(
     split: str,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> list[Problem]:
-    """Reads the problems of one split, with ids `{split}-{index:05d}` in the order of the file.
+    """Reads the problems of one split, in the order of the file.
+
+    A problem's id is that of its line, if it has one, else `{split}-{index:05d}`.
 
     Args:
       path_or_name: a folder with `<split>.jsonl`; a .jsonl file; or "gsm8k", the data of the paper
@@ -52,29 +54,16 @@ def load(
     if lines == [b""]:
         raise ValueError(f"{path} is empty: write one problem a line, as {_EXAMPLE}")
     return [
-        Problem(f"{split}-{index:05d}", *_parse(line, f"{path}, line {index + 1}"))
+        _parse(line, f"{path}, line {index + 1}", f"{split}-{index:05d}")
         for index, line in enumerate(lines)
     ]
 
 
 def save(problems: Sequence[Problem], path: str | os.PathLike[str]) -> None:
-    """Writes problems as GSM8K's JSON lines, all or nothing; the folder is made if need be.
-
-    Ids are not written: `load` numbers the lines again. Saving GSM8K gives its very bytes.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            for problem in problems:
-                row = {"question": problem.question, "answer": problem.solution}
-                file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes problems as GSM8K's JSON lines with a key "id" in front, all or nothing."""
+    rows = [{"id": p.id, "question": p.question, "answer": p.solution} for p in problems]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    write_atomically(Path(path), lines)
 
 
 def held_out(problems: Sequence[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:
@@ -108,8 +97,8 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest())
 
 
-def _parse(line: bytes, where: str) -> tuple[str, str]:
-    """Returns (question, solution) of one line."""
+def _parse(line: bytes, where: str, number: str) -> Problem:
+    """The problem of one line, `number` being its id if it has none of its own."""
     if not line.strip():
         raise ValueError(f"{where}: the line is blank; delete it")
     try:
@@ -122,7 +111,8 @@ def _parse(line: bytes, where: str) -> tuple[str, str]:
         raise ValueError(f"{where}: not JSON ({error}); write {_EXAMPLE}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object but {type(row).__name__}; write {_EXAMPLE}")
-    for key in ("question", "answer"):
+    row = {"id": number} | row
+    for key in ("id", "question", "answer"):
         if key not in row:
             raise ValueError(f'{where}: key "{key}" is missing; write {_EXAMPLE}')
         if not isinstance(row[key], str):
@@ -138,4 +128,4 @@ def _parse(line: bytes, where: str) -> tuple[str, str]:
             )
     if not answers.extract(row["answer"]):
         raise ValueError(f'{where}: key "answer" has no final answer; end it with a line "#### 42"')
-    return row["question"], row["answer"]
+    return Problem(row["id"], row["question"], row["answer"])

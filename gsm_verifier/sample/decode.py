@@ -340,7 +340,9 @@ def advance(
         steps, slots, log = carry
         slots, row = one_step(model, params, slots, sampling, grammar_VX)
         log = {
-            name: jax.lax.dynamic_update_index_in_dim(log[name], row[name].astype(x.dtype), steps, 0)
+            name: jax.lax.dynamic_update_index_in_dim(
+                log[name], row[name].astype(x.dtype), steps, 0
+            )
             for name, x in log.items()
         }
         return steps + 1, slots, log

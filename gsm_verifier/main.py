@@ -1,0 +1,46 @@
+"""Training verifiers to solve math word problems, from data to report.
+
+    python -m gsm_verifier.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Every key of the config can be overridden: --config.sample.temperature=1.0
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: what to run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes it.")
+_STAGES = flags.DEFINE_list(
+    "stages",
+    None,
+    "Stages to run, by commas: prepare, pretrain, finetune, sample, label, verify, score, rank, "
+    "report. Default: all.",
+)
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    import jax
+
+    config = _CONFIG.value
+    try:
+        if jax.config.jax_platforms in (None, "", "cpu"):
+            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        from gsm_verifier import pipeline
+        from gsm_verifier.stages import STAGES
+
+        pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("GSM_VERIFIER_TRACEBACK"):
+            raise
+        sys.exit(f"gsm_verifier: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,129 @@
+"""Runs the stages in order: skips what is done, resumes what was cut, refuses a changed config."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from gsm_verifier import provenance, records
+from gsm_verifier.config import validate
+from gsm_verifier.stages import STAGES, Run, keys_read
+
+METHODS = {
+    "greedy": "finetuning baseline, T=0",
+    "random": "one sample",
+    "majority": "majority vote",
+    "logprob": "likeliest sample",
+    "length": "shortest sample",
+    "integer_only": "integer answers only",
+    "verifier": "verifier, best of N",
+    "verifier_vote": "verifier, top k vote",
+    "verifier_weighted": "verifier-weighted vote",
+    "coverage": "coverage (any sample right)",
+}
+
+
+def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
+    """Run the named stages of a work directory, in their order.
+
+    Raises:
+      ValueError: an unknown stage or a nonsensical config; a config that differs from the one that
+        made what is in the folder; a stage before the named ones that hasn't run.
+    """
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise ValueError(f"no stage {unknown[0]!r}: use {', '.join(STAGES)}")
+    validate(config)
+    for stage in STAGES:
+        _refuse_change(config, folder, stage)
+    first = next(i for i, name in enumerate(STAGES) if name in names)
+    for name in list(STAGES)[:first]:
+        if not _marker(folder, name, "done").exists():
+            raise ValueError(f"stage {name} of {folder} hasn't run: run it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps(config.to_dict(), indent=1).encode()
+    records.write_atomically(folder / "config.json", whole)
+    run = Run(config, folder)
+    for name, stage in STAGES.items():
+        if name not in names:
+            continue
+        if _marker(folder, name, "done").exists():
+            print(f"{name}: done before, skipped", flush=True)
+            continue
+        print(f"{name}: {(stage.run.__doc__ or '').splitlines()[0]}", flush=True)
+        _write_marker(config, folder, name, "started", None)
+        began = time.perf_counter()
+        stage.run(run)
+        seconds = time.perf_counter() - began
+        _write_marker(config, folder, name, "done", seconds)
+        _marker(folder, name, "started").unlink()
+        print(f"{name}: {seconds:.1f} s", flush=True)
+    if (folder / "results.json").exists():
+        print(closing_table(json.loads((folder / "results.json").read_bytes())))
+    if (folder / "report.html").exists():
+        print(f"report: {folder / 'report.html'}")
+
+
+def _marker(folder: Path, stage: str, state: str) -> Path:
+    return folder / f"{stage}.{state}"
+
+
+def _write_marker(
+    config: ConfigDict, folder: Path, stage: str, state: str, seconds: float | None
+) -> None:
+    if jax.process_index():
+        return
+    marker = {
+        "keys": keys_read(stage, config),
+        "seconds": seconds,
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+    }
+    records.write_atomically(_marker(folder, stage, state), json.dumps(marker, indent=1).encode())
+
+
+def _refuse_change(config: ConfigDict, folder: Path, stage: str) -> None:
+    """What a stage has made, or begun, must have been made with the same values."""
+    for state in ("done", "started"):
+        path = _marker(folder, stage, state)
+        if not path.exists():
+            continue
+        try:
+            made = json.loads(path.read_bytes())["keys"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: delete it to run its stage again") from error
+        wanted = json.loads(json.dumps(keys_read(stage, config)))
+        changed = [k for k in {**made, **wanted} if made.get(k) != wanted.get(k)]
+        if changed:
+            differences = "; ".join(
+                f"{k} was {made.get(k)!r} and is now {wanted.get(k)!r}" for k in changed[:5]
+            )
+            raise ValueError(
+                f"{folder} was made with another config: {differences}. Use another --workdir, or "
+                f"delete what stage {stage} and those after it made there"
+            )
+
+
+def closing_table(results: dict[str, Any]) -> str:
+    """Method, accuracy and 95 % interval at N = 1, 10, 100 and the largest N."""
+    largest = results["splits"]["test"]["samples"]
+    columns = sorted({n for n in (1, 10, 100, largest) if n <= largest})
+    lines = [
+        f"accuracy on {results['splits']['test']['problems']} test problems, % [95 % interval]",
+        f"{'method':<28}" + "".join(f"{f'N = {n}':>20}" for n in columns),
+    ]
+    for name, rows in results["accuracy"].items():
+        at = {row["n"]: row for row in rows}
+        cells = "".join(f"{_cell(at.get(n)):>20}" for n in columns)
+        lines.append(f"{METHODS[name]:<28}{cells}")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

@@ -1,0 +1,571 @@
+"""The paper, as functions in order. Start here.
+
+    prepare   the problems, and a tokenizer                        problems/ tokenizer.json
+    pretrain  a language model that knows the words                pretrained/
+    finetune  the generator, and the finetuning baseline           generator/ baseline/
+    sample    completions of the training problems                 samples/train samples/heldout
+    label     correct or not, by the final answer                  labels/train labels/heldout
+    verify    train the verifier on them                           verifier/
+    score     test time: sample the test problems, value them      samples/test scores/test
+    rank      choose by every rule, with intervals and tests       results.json
+    report    one page to read                                     report.html
+
+Each stage reads the records of the stages before it, calls one room of the package, and writes its
+own. Only `prepare` copies the test problems, and only score, rank and report use them.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from gsm_verifier import checkpoint, metrics, rank, records, sharding
+from gsm_verifier.config import leaves
+from gsm_verifier.data import problems as problems_io
+from gsm_verifier.data import synthetic
+from gsm_verifier.model import config as model_config
+from gsm_verifier.model import transformer
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.model.transformer import Params
+from gsm_verifier.records import Completion, Label, Problem, Score
+from gsm_verifier.report import page
+from gsm_verifier.sample.engine import Engine, Request, sampling_of
+from gsm_verifier.score import Scorer, aggregate
+from gsm_verifier.text import answers
+from gsm_verifier.text.tokenizer import Tokenizer
+from gsm_verifier.train import loop
+from gsm_verifier.train.batch import document_trees, finetuning_trees, verifier_trees
+from gsm_verifier.train.losses import Objective
+
+SYNTHETIC_SIZES = {"train": 2000, "test": 300}  # where the config leaves them at 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A work directory, its config, and what every stage needs of them."""
+
+    config: ConfigDict
+    folder: Path
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        mesh = self.config.mesh
+        return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "tokenizer.json")
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        return model_config.from_keys(self.config.model, self.tokenizer.size)
+
+    def problems(self, split: str) -> list[Problem]:
+        return problems_io.load(self.folder / "problems", split)
+
+    def question(self, problem: Problem) -> list[int]:
+        return self.tokenizer.encode(problem.question + "\n")
+
+    def solution(self, problem: Problem) -> list[int]:
+        return [*self.tokenizer.encode(problem.solution), self.tokenizer.end]
+
+    def params(self, name: str) -> Params:
+        """The parameters a training stage left in folder `name`."""
+        like = checkpoint.abstract(
+            transformer.shapes(self.model), transformer.shardings(self.model, self.mesh)
+        )
+        store = checkpoint.Checkpoints(self.folder / name)
+        try:
+            return store.restore(like)[0]
+        finally:
+            store.close()
+
+
+def prepare(run: Run) -> None:
+    """Problems of the three splits, and the tokenizer (section 2)."""
+    data = run.config.data
+    if data.source == "synthetic":
+        train_size = data.train_size or SYNTHETIC_SIZES["train"]
+        sizes = {
+            "train": train_size,
+            "heldout": round(train_size * data.heldout_fraction),
+            "test": data.test_size or SYNTHETIC_SIZES["test"],
+        }
+        splits = {
+            split: synthetic.generate(split, size, data.seed, data.difficulty)
+            for split, size in sizes.items()
+        }
+    else:
+        source = data.path or "gsm8k"
+        train, heldout = problems_io.held_out(
+            problems_io.load(source, "train"), data.heldout_fraction
+        )
+        test = problems_io.load(source, "test")
+        splits = {
+            "train": problems_io.subset(train, data.train_size or len(train), data.seed),
+            "heldout": heldout,
+            "test": problems_io.subset(test, data.test_size or len(test), data.seed),
+        }
+    for split, found in splits.items():
+        problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
+    tokenizer = _tokenizer(run, splits["train"])
+    tokenizer.save(run.folder / "tokenizer.json")
+    longest = max(len(run.question(p)) + len(run.solution(p)) for p in splits["train"])
+    row_tokens = min(run.config[s].row_tokens for s in ("finetune", "baseline", "verify"))
+    if longest > min(row_tokens, run.config.model.max_length):
+        raise ValueError(
+            f"the longest training problem has {longest} tokens: raise row_tokens of finetune, "
+            "baseline and verify, and model.max_length, to hold it"
+        )
+
+
+def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
+    if run.config.text.tokenizer:
+        return Tokenizer.load(run.config.text.tokenizer)
+    documents = list(itertools.islice(_documents(run), 5000)) if _pretrains(run) else []
+    texts = [f"{p.question}\n{p.solution}" for p in train] + documents
+    return Tokenizer.train(texts, run.config.text.vocab_size)
+
+
+def _pretrains(run: Run) -> bool:
+    return run.config.pretrain.epochs > 0
+
+
+def _documents(run: Run) -> Iterator[str]:
+    """The texts of pretraining, from a file or generated."""
+    path = run.config.pretrain.documents
+    if not path:
+        data = run.config.data
+        yield from synthetic.documents(run.config.pretrain.generated, data.seed, data.difficulty)
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if path.endswith(".jsonl"):
+                try:
+                    yield json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f'{path}, line {number}: not an object with a key "text" ({error})'
+                    ) from error
+            elif line.strip():
+                yield line.rstrip("\n")
+
+
+def _fit(
+    run: Run,
+    name: str,
+    *,
+    stage: str,
+    params: Params,
+    trees: Any,
+    held_out: Any,
+    objective: Objective = Objective(),
+) -> None:
+    log = metrics.Metrics(run.folder / "metrics", name, enabled=jax.process_index() == 0)
+    params = loop.fit(
+        model=run.model,
+        params=params,
+        trees=trees,
+        held_out=held_out,
+        options=run.config[stage],
+        objective=objective,
+        folder=run.folder / name / "training",
+        mesh=run.mesh,
+        seed=run.config.seed,
+        name=name,
+        log=log,
+    )
+    log.close()
+    _save(run, name, params)
+
+
+def _save(run: Run, name: str, params: Params) -> None:
+    store = checkpoint.Checkpoints(run.folder / name)
+    store.save(0, params, {"model": vars(run.model)})
+    store.close()
+
+
+def pretrain(run: Run) -> None:
+    """The language model finetuning starts from; with dropout, section 4.3's extra pretraining."""
+    params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
+    if not _pretrains(run):
+        _save(run, "pretrained", params)
+        return
+    end = run.tokenizer.end
+    documents = [[end, *ids, end] for ids in run.tokenizer.encode_batch(list(_documents(run)))]
+    trees = document_trees(documents, run.config.pretrain.row_tokens)
+    aside = max(1, len(trees) // 100)
+    _fit(
+        run,
+        "pretrained",
+        stage="pretrain",
+        params=params,
+        trees=trees[aside:],
+        held_out=trees[:aside],
+    )
+
+
+def finetune(run: Run) -> None:
+    """The generator, and the baseline trained longer that answers greedily (section 4.1)."""
+    for name, stage in (("generator", "finetune"), ("baseline", "baseline")):
+        options = run.config[stage]
+        if options.epochs > 0:
+            trees, held_out = (
+                finetuning_trees(
+                    [run.question(p) for p in found],
+                    [run.solution(p) for p in found],
+                    question_loss,
+                )
+                for found, question_loss in (
+                    (run.problems("train"), options.question_loss),
+                    (run.problems("heldout"), False),
+                )
+            )
+            _fit(
+                run,
+                name,
+                stage=stage,
+                params=run.params("pretrained"),
+                trees=trees,
+                held_out=held_out,
+            )
+
+
+def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem], n: int) -> None:
+    """n completions of each problem, in shards; whole shards that exist are kept."""
+    size = run.config.records.shard_problems
+    count = -(-len(problems) // size)
+    shard_of = {p.id: i // size for i, p in enumerate(problems)}
+    order = {p.id: i for i, p in enumerate(problems)}
+    todo = [i for i in range(count) if not records.shard_path(folder, i, count).exists()]
+    left = {i: len(problems[i * size : (i + 1) * size]) * n for i in todo}
+    found: dict[int, list[Completion]] = {i: [] for i in todo}
+    requests = [
+        Request(p.id, run.question(p), range(n)) for p in problems if shard_of[p.id] in left
+    ]
+    total = sum(left.values())
+    with tqdm(total=total, desc=f"sample {folder.name}", unit="completion", mininterval=1) as bar:
+        for completion in engine.run(requests):
+            shard = shard_of[completion.problem]
+            found[shard].append(completion)
+            bar.update()
+            left[shard] -= 1
+            if not left[shard]:
+                rows = sorted(found.pop(shard), key=lambda c: (order[c.problem], c.sample))
+                records.write(records.shard_path(folder, shard, count), Completion, rows)
+                bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}")
+
+
+def _engine(run: Run, name: str, **changes: Any) -> Engine:
+    options = run.config.sample
+    slots = options.prompts * options.slots
+    return Engine(
+        run.model,
+        run.params(name),
+        run.mesh,
+        run.tokenizer,
+        sampling_of(options, run.tokenizer.end, run.config.seed, slots, **changes),
+        prompts=options.prompts,
+        slots=options.slots,
+        calculator=options.calculator,
+    )
+
+
+def sample(run: Run) -> None:
+    """Completions of the training problems by the generator (section 4.2)."""
+    options = run.config.sample
+    engine = _engine(run, "generator")
+    train = run.problems("train")[: options.train_problems or None]
+    _sample(run, engine, run.folder / "samples/train", train, options.completions)
+    if options.heldout_completions:
+        heldout = run.problems("heldout")
+        _sample(run, engine, run.folder / "samples/heldout", heldout, options.heldout_completions)
+
+
+def label(run: Run) -> None:
+    """Correct or not, by the final answer alone (section 4.2)."""
+    for split in ("train", "heldout"):
+        if (run.folder / "samples" / split).is_dir():
+            _label(run, split, run.problems(split))
+
+
+def _label(run: Run, split: str, problems: Sequence[Problem]) -> None:
+    gold = {p.id: p.solution for p in problems}
+    for path in records.shards(run.folder / "samples" / split):
+        labels = [
+            Label(
+                c["problem"],
+                c["sample"],
+                answers.extract(c["text"]),
+                answers.is_correct(c["text"], gold[c["problem"]]),
+            )
+            for c in records.read(path, Completion, ["problem", "sample", "text"])
+        ]
+        records.write(run.folder / "labels" / split / path.name, Label, labels)
+
+
+def verify(run: Run) -> None:
+    """Train the verifier on labelled completions (section 4.2)."""
+    options = run.config.verify
+
+    def trees(split: str) -> list[Any]:
+        problems = {p.id: p for p in run.problems(split)}
+        folder = run.folder / "samples" / split
+        completions = records.read_all(folder, Completion) if folder.is_dir() else []
+        labels = records.read_all(run.folder / "labels" / split, Label) if completions else []
+        pairs = zip(completions, labels, strict=True)
+        made = []
+        for problem, group in itertools.groupby(pairs, key=lambda pair: pair[0].problem):
+            chosen = list(group)[: options.completions or None]
+            made += verifier_trees(
+                run.question(problems[problem]),
+                run.solution(problems[problem]),
+                [c.tokens for c, _ in chosen],
+                [label.correct for _, label in chosen],
+                level=options.level,
+                objective=options.objective,
+                mix=options.mix,
+                branches=options.branches,
+                capacity=options.row_tokens,
+            )
+        return made
+
+    params = transformer.neutral_head(
+        run.model, run.params(_INITIAL[options.init]), _raw(options.initial_value, options.squash)
+    )
+    objective = Objective(options.loss, options.squash)
+    _fit(
+        run,
+        "verifier",
+        stage="verify",
+        params=params,
+        trees=trees("train"),
+        held_out=trees("heldout"),
+        objective=objective,
+    )
+
+
+_INITIAL = {"generator": "generator", "pretrained": "pretrained"}
+
+
+def _raw(value: float, squash: str) -> float:
+    """The head's output that reads as `value`."""
+    return float(np.log(value / (1 - value))) if squash == "sigmoid" else value
+
+
+def score(run: Run) -> None:
+    """Test time: complete the test problems, greedily too, and value the completions."""
+    options = run.config.sample
+    test = run.problems("test")
+    samples = run.folder / "samples"
+    _sample(run, _engine(run, "generator"), samples / "test", test, options.test_completions)
+    baseline = "baseline" if run.config.baseline.epochs > 0 else "generator"
+    _sample(run, _engine(run, baseline, temperature=0.0), samples / "greedy", test, 1)
+    scorer = Scorer(
+        run.model,
+        run.params("verifier"),
+        run.mesh,
+        squash=run.config.verify.squash,
+        row_tokens=run.config.score.row_tokens,
+        rows=run.config.score.rows,
+    )
+    problems = {p.id: p for p in test}
+    for path in tqdm(records.shards(samples / "test"), desc="score test", unit="shard"):
+        target = run.folder / "scores/test" / path.name
+        if not target.exists():
+            records.write(target, Score, list(_scores(run, scorer, problems, path)))
+
+
+def _scores(run: Run, scorer: Scorer, problems: dict[str, Problem], path: Path) -> Iterator[Score]:
+    groups = [
+        (problem, list(group))
+        for problem, group in itertools.groupby(
+            records.read(path, Completion), key=lambda c: c.problem
+        )
+    ]
+    items = [(run.question(problems[p]), [c.tokens for c in group]) for p, group in groups]
+    for (_, group), values in zip(groups, scorer(items), strict=True):
+        for completion, value in zip(group, values, strict=True):
+            yield Score(
+                completion.problem,
+                completion.sample,
+                value.tolist(),
+                aggregate(value, run.config.score.aggregate),
+            )
+
+
+def rank_(run: Run) -> None:
+    """Every rule of choosing, at every N, with intervals and paired tests (figures 5 and 7)."""
+    test = run.problems("test")
+    for split in ("test", "greedy"):
+        _label(run, split, test)
+    groups: dict[str, list[tuple[Any, ...]]] = {p.id: [] for p in test}
+    for path in records.shards(run.folder / "samples/test"):
+        rows = zip(
+            records.read(path, Completion, ["problem", "logprob", "tokens"]),
+            records.read(run.folder / "labels/test" / path.name, Label),
+            records.read(run.folder / "scores/test" / path.name, Score, ["score"]),
+            strict=True,
+        )
+        for completion, label, scored in rows:
+            groups[label.problem].append(
+                (
+                    label.answer,
+                    label.correct,
+                    scored["score"],
+                    completion["logprob"],
+                    len(completion["tokens"]),
+                )
+            )
+    columns = [[list(column) for column in zip(*rows, strict=True)] for rows in groups.values()]
+    found, correct, score, logprob, length = (list(c) for c in zip(*columns, strict=True))
+    candidates = rank.Candidates.from_lists(
+        found, correct, score=score, logprob=logprob, length=length
+    )
+    greedy = {
+        row.problem: row.correct for row in records.read_all(run.folder / "labels/greedy", Label)
+    }
+    options = run.config.rank
+    results = rank.evaluate(
+        candidates,
+        np.array([greedy[p.id] for p in test]),
+        seed=run.config.seed,
+        subsets=options.subsets,
+        vote_k=(lambda n: min(n, options.vote_k)) if options.vote_k else rank.default_vote_k,
+    )
+    results = (
+        _provenance(run)
+        | {"splits": {"test": {"problems": len(test), "samples": candidates.answer_PM.shape[1]}}}
+        | results
+    )
+    records.write_atomically(
+        run.folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode()
+    )
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    from gsm_verifier import provenance
+
+    timing = {
+        stage: json.loads((run.folder / f"{stage}.done").read_text())["seconds"]
+        for stage in STAGES
+        if (run.folder / f"{stage}.done").exists()
+    }
+    return {
+        "schema": 1,
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "seed": run.config.seed,
+        "config": run.config.to_dict(),
+        "timing": timing,
+    }
+
+
+def report(run: Run) -> None:
+    """One page to read, with problems to browse (appendix F)."""
+    results = json.loads((run.folder / "results.json").read_bytes())
+    logs = {
+        name: metrics.read(run.folder / "metrics" / f"{name}.jsonl")
+        for name in ("pretrained", "generator", "baseline", "verifier")
+    }
+    logs = {name: rows for name, rows in logs.items() if rows}
+    html = page.render(results, logs, _browsed(run), title=run.folder.name)
+    page.write(run.folder / "report.html", html)
+
+
+def _browsed(run: Run) -> list[page.BrowsedProblem]:
+    options = run.config.report
+    test = {p.id: p for p in run.problems("test")[: options.problems]}
+    folders = [
+        (run.folder / f, kind)
+        for f, kind in (
+            ("samples/test", Completion),
+            ("labels/test", Label),
+            ("scores/test", Score),
+        )
+    ]
+    greedy_rows = zip(
+        records.read_all(run.folder / "samples/greedy", Completion),
+        records.read_all(run.folder / "labels/greedy", Label),
+        strict=True,
+    )
+    greedy = {c.problem: _browse(run, c, label, None) for c, label in greedy_rows}
+    browsed = []
+    for path in records.shards(folders[0][0]):
+        if len(browsed) == len(test):
+            break
+        rows = zip(
+            *(records.read(folder / path.name, kind) for folder, kind in folders), strict=True
+        )
+        for problem, group in itertools.groupby(rows, key=lambda row: row[0].problem):
+            if problem not in test:
+                continue
+            group = sorted(group, key=lambda row: -row[2].score)
+            shown = [_browse(run, *row) for row in group[: options.completions]]
+            browsed.append(
+                page.BrowsedProblem(
+                    id=problem,
+                    question=test[problem].question,
+                    gold_solution=test[problem].solution,
+                    gold_answer=answers.extract(test[problem].solution) or "",
+                    completions=shown,
+                    greedy=greedy.get(problem),
+                    total=len(group),
+                    total_correct=sum(label.correct for _, label, _ in group),
+                )
+            )
+    return browsed
+
+
+def _browse(
+    run: Run, completion: Completion, label: Label, scored: Score | None
+) -> page.BrowsedCompletion:
+    return page.BrowsedCompletion(
+        tokens=run.tokenizer.pieces(completion.tokens),
+        values=scored.values if scored else None,
+        forced=completion.forced,
+        score=scored.score if scored else None,
+        correct=label.correct,
+        answer=label.answer,
+        logprob=completion.logprob,
+        sample=completion.sample,
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, and the parts of the config it reads beside those of the stages before it."""
+
+    run: Callable[[Run], None]
+    reads: tuple[str, ...]
+
+
+STAGES: dict[str, Stage] = {
+    "prepare": Stage(prepare, ("seed", "data", "text")),
+    "pretrain": Stage(pretrain, ("model", "pretrain")),
+    "finetune": Stage(finetune, ("finetune", "baseline")),
+    "sample": Stage(sample, ("sample", "records")),
+    "label": Stage(label, ()),
+    "verify": Stage(verify, ("verify",)),
+    "score": Stage(score, ("score",)),
+    "rank": Stage(rank_, ("rank",)),
+    "report": Stage(report, ("report",)),
+}
+
+
+def keys_read(stage: str, config: ConfigDict) -> dict[str, Any]:
+    """The config values a stage's result depends on, by dotted key."""
+    sections: list[str] = []
+    for name, each in STAGES.items():
+        sections += each.reads
+        if name == stage:
+            break
+    return {k: v for k, v in leaves(config).items() if k.split(".")[0] in sections}
