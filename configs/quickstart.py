@@ -50,8 +50,9 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "tiny":
         config.data.update(train_size=24, heldout_fraction=0.25, test_size=8)
         config.text.vocab_size = 400
-        config.model.update(layers=2, width=32, heads=2, kv_heads=1, head_size=16, mlp_width=64,
-            max_length=768)
+        config.model.update(
+            layers=2, width=32, heads=2, kv_heads=1, head_size=16, mlp_width=64, max_length=768
+        )
         config.pretrain.generated = 100
         config.baseline.epochs = 3.0
         config.sample.update(
@@ -65,7 +66,11 @@ def get_config(size: str = "") -> ConfigDict:
         )
         for stage in ("pretrain", "finetune", "baseline", "verify"):
             config[stage].update(
-                row_tokens=512, microbatch_rows=4, batch_tokens=1024, eval_every=5, checkpoint_every=5
+                row_tokens=512,
+                microbatch_rows=4,
+                batch_tokens=1024,
+                eval_every=5,
+                checkpoint_every=5,
             )
         config.score.row_tokens = 512
         config.records.shard_problems = 3

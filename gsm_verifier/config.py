@@ -36,10 +36,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "verify.initial_value": (0.01, 0.99),
 }
 AT_LEAST_ONE = (
-    "width layers heads kv_heads head_size mlp_width max_length batch_tokens row_tokens "
-    "microbatch_rows eval_every checkpoint_every completions max_tokens prompts slots chunk_steps "
-    "branches rows shard_problems subsets"
-).split()
+    "model.width", "model.layers", "model.heads", "model.kv_heads", "model.head_size",
+    "model.mlp_width", "model.max_length", "sample.completions", "sample.test_completions",
+    "sample.max_tokens", "sample.prompts", "sample.slots", "sample.chunk_steps",
+    "verify.branches", "score.row_tokens", "score.rows", "rank.subsets", "records.shard_problems",
+)  # fmt: skip
+AT_LEAST_ONE += tuple(
+    f"{stage}.{key}"
+    for stage in ("pretrain", "finetune", "baseline", "verify")
+    for key in ("batch_tokens", "row_tokens", "microbatch_rows", "eval_every", "checkpoint_every")
+)
 
 
 def training(**changes: Any) -> ConfigDict:
@@ -222,9 +228,7 @@ def _validate_one(key: str, value: Any, example: Any) -> None:
         return
     if not isinstance(value, (int, float)) or (isinstance(example, int) and value != int(value)):
         raise ValueError(f"config.{key}={value!r}: use a {type(example).__name__}")
-    least = 1 if key.split(".")[-1] in AT_LEAST_ONE and key != "verify.completions" else 0
-    least = 0 if key == "report.completions" else least
-    low, high = RANGES.get(key, (least, math.inf))
+    low, high = RANGES.get(key, (int(key in AT_LEAST_ONE), math.inf))
     if not (low <= value <= high) or value in (math.inf, -math.inf):
         bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"config.{key}={value}: use a number {bound}")

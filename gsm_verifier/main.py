@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: what to run.")
@@ -25,6 +25,7 @@ _STAGES = flags.DEFINE_list(
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown argument {argv[1]}")
+    logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend
     import jax
 
     config = _CONFIG.value

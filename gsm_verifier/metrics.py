@@ -22,7 +22,7 @@ class Metrics:
         if not self._enabled:
             return
         rows = [row for row in read(self.path) if row["step"] <= step]
-        self._file = open(self.path, "w", encoding="utf-8")
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         for row in rows:
             self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -54,7 +54,7 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
         if _marker(folder, name, "done").exists():
             print(f"{name}: done before, skipped", flush=True)
             continue
-        print(f"{name}: {(stage.run.__doc__ or '').splitlines()[0]}", flush=True)
+        print(f"{name}: {stage.does}", flush=True)
         _write_marker(config, folder, name, "started", None)
         began = time.perf_counter()
         stage.run(run)

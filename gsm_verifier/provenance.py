@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def commit() -> str:
-    """The source's git commit, with "-dirty" if files were changed; "unknown" outside a checkout."""
+    """The source's git commit, "-dirty" if files were changed; "unknown" outside a checkout."""
     source = Path(__file__).parent
     command = [
         "git",

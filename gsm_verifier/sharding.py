@@ -38,7 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "N": ("tensor",),
     "K": ("tensor",),
     "V": ("tensor",),
-} | {letter: () for letter in "ATSGHLCWM"}
+} | dict.fromkeys("ATSGHLCWM", ())
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:

@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from gsm_verifier import checkpoint, metrics, rank, records, sharding
+from gsm_verifier import checkpoint, metrics, provenance, rank, records, sharding
 from gsm_verifier.config import leaves
 from gsm_verifier.data import problems as problems_io
 from gsm_verifier.data import synthetic
@@ -167,7 +167,7 @@ def _fit(
     params: Params,
     trees: Any,
     held_out: Any,
-    objective: Objective = Objective(),
+    objective: Objective | None = None,
 ) -> None:
     log = metrics.Metrics(run.folder / "metrics", name, enabled=jax.process_index() == 0)
     params = loop.fit(
@@ -176,7 +176,7 @@ def _fit(
         trees=trees,
         held_out=held_out,
         options=run.config[stage],
-        objective=objective,
+        objective=objective or Objective(),
         folder=run.folder / name / "training",
         mesh=run.mesh,
         seed=run.config.seed,
@@ -261,7 +261,7 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
             if not left[shard]:
                 rows = sorted(found.pop(shard), key=lambda c: (order[c.problem], c.sample))
                 records.write(records.shard_path(folder, shard, count), Completion, rows)
-                bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}")
+                bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}", refresh=False)
 
 
 def _engine(run: Run, name: str, **changes: Any) -> Engine:
@@ -339,7 +339,7 @@ def verify(run: Run) -> None:
         return made
 
     params = transformer.neutral_head(
-        run.model, run.params(_INITIAL[options.init]), _raw(options.initial_value, options.squash)
+        run.model, run.params(options.init), _raw(options.initial_value, options.squash)
     )
     objective = Objective(options.loss, options.squash)
     _fit(
@@ -351,9 +351,6 @@ def verify(run: Run) -> None:
         held_out=trees("heldout"),
         objective=objective,
     )
-
-
-_INITIAL = {"generator": "generator", "pretrained": "pretrained"}
 
 
 def _raw(value: float, squash: str) -> float:
@@ -452,8 +449,6 @@ def rank_(run: Run) -> None:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    from gsm_verifier import provenance
-
     timing = {
         stage: json.loads((run.folder / f"{stage}.done").read_text())["seconds"]
         for stage in STAGES
@@ -546,6 +541,11 @@ class Stage:
 
     run: Callable[[Run], None]
     reads: tuple[str, ...]
+
+    @property
+    def does(self) -> str:
+        """What it does, in the first line of its docstring."""
+        return (self.run.__doc__ or "").splitlines()[0]
 
 
 STAGES: dict[str, Stage] = {

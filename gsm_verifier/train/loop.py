@@ -112,7 +112,7 @@ def make_step(
 def state_shardings(
     model: ModelConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Any]:
-    """(shapes, shardings) of the TrainState: the optimiser's moments live where their weights do."""
+    """(shapes, shardings) of the TrainState: the moments live where their weights do."""
     params = transformer.shardings(model, mesh)
     shapes = transformer.shapes(model)
     opt_shapes = jax.eval_shape(tx.init, shapes)
@@ -234,7 +234,9 @@ def fit(
                 row |= evaluate(evaluate_step, state.params, held_out_batches)
             seconds = time.perf_counter() - began
             log.write(done, row | {"lr": float(rate(index)), "tokens": tokens, "seconds": seconds})
-            bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_per_s=f"{tokens / seconds:,.0f}")
+            bar.set_postfix(
+                loss=f"{row['loss']:.3f}", tokens_per_s=f"{tokens / seconds:,.0f}", refresh=False
+            )
             bar.update()
             if done % options.checkpoint_every == 0 and done < cut.steps:
                 checkpoints.save(done, state)
