@@ -11,8 +11,9 @@ END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
 
 # States of an annotation as the characters of a completion go by. ASK is the only one anybody
-# reads: an annotation is open and its first `=` has just been written.
-TEXT, LESS, OPEN, OPEN_LESS, OPEN_GREATER, ASK = range(6)
+# reads: an annotation is open and its first `=` has just been written. The states after it live
+# within a token only, one that goes on behind its `=`.
+TEXT, LESS, OPEN, OPEN_LESS, OPEN_GREATER, ASK, ASK_LESS, ASK_GREATER = range(8)
 _STEP = {
     (TEXT, "<"): LESS,
     (LESS, "<"): OPEN,
@@ -25,8 +26,14 @@ _STEP = {
     (OPEN_GREATER, "<"): OPEN_LESS,
     (OPEN_GREATER, "="): ASK,
     (OPEN_GREATER, ">"): TEXT,
+    (ASK, "<"): ASK_LESS,
+    (ASK, ">"): ASK_GREATER,
+    (ASK_LESS, "<"): OPEN,
+    (ASK_LESS, ">"): ASK_GREATER,
+    (ASK_GREATER, "<"): ASK_LESS,
+    (ASK_GREATER, ">"): TEXT,
 }
-_ELSE = {TEXT: TEXT, LESS: TEXT, OPEN: OPEN, OPEN_LESS: OPEN, OPEN_GREATER: OPEN, ASK: ASK}
+_ELSE = {TEXT: TEXT, LESS: TEXT, OPEN: OPEN, OPEN_LESS: OPEN, OPEN_GREATER: OPEN}
 
 
 class Tokenizer:
@@ -126,6 +133,6 @@ class Tokenizer:
             for start in range(ASK + 1):
                 state = TEXT if start == ASK else start  # asked and answered: over
                 for character in text:
-                    state = _STEP.get((state, character), _ELSE[state])
-                table[token, start] = state
+                    state = _STEP.get((state, character), _ELSE.get(state, ASK))
+                table[token, start] = min(state, ASK)
         return table
