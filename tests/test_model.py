@@ -1,0 +1,607 @@
+"""The transformer against its definition: who sees whom, and which rewrites change nothing."""
+
+import functools
+import itertools
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from gsm_verifier import sharding
+from gsm_verifier.data.packing import Branch, PackedRows, Tree
+from gsm_verifier.model import transformer
+from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed, Segment, attend
+from gsm_verifier.model.config import FAMILIES, ModelConfig
+from gsm_verifier.model.transformer import Block, Params, Transformer, rotate
+from gsm_verifier.train.batch import Batch
+
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+both_families = pytest.mark.parametrize("family", ["gpt3", "llama"])
+
+
+def make_config(family: str = "gpt3", **changes: Any) -> ModelConfig:
+    """A tiny model of a family; V = 128, of which 100 ids are text."""
+    keywords = dict(
+        text_size=100,
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_size=8,
+        mlp_width=48,
+        max_length=64,
+    )
+    return ModelConfig(**keywords | FAMILIES[family] | changes)
+
+
+@functools.cache
+def make_params(config: ModelConfig) -> Params:
+    """Parameters far from their initial values: no zero bias or unit gain hides a fault."""
+    rng = np.random.default_rng(0)
+
+    def one(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        one_centred = jax.tree_util.keystr(path).endswith(("scale_D']", "gain']"))
+        return jnp.asarray(one_centred + 0.1 * rng.standard_normal(x.shape), jnp.float32)
+
+    return jax.tree.map_with_path(one, transformer.shapes(config))
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 100, shape).astype(np.int32)
+
+
+def causal(T: int, rows: int = 1) -> Packed:
+    return Packed(jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (rows, T, T)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dropout"))
+def apply(
+    config: ModelConfig, params: Params, *inputs: Any, dropout: float = 0.0, key: Any = None
+) -> Any:
+    rngs = None if key is None else {"dropout": key}
+    return Transformer(config, dropout).apply(params, *inputs, rngs=rngs)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method"))
+def head(config: ModelConfig, params: Params, hidden: jax.Array, method: str) -> jax.Array:
+    return Transformer(config).apply(params, hidden, method=method)
+
+
+def run(config: ModelConfig, params: Params, tokens_BT: Any, position_BT: Any = None) -> jax.Array:
+    """Hidden states of plain sequences, positions counted from 0 unless given."""
+    B, T = tokens_BT.shape
+    if position_BT is None:
+        position_BT = np.tile(np.arange(T), (B, 1))
+    return apply(config, params, tokens_BT, position_BT, causal(T, B))[0]
+
+
+def run_batch(config: ModelConfig, params: Params, batch: Batch) -> np.ndarray:
+    visible = Packed(batch.visible_BTS())
+    hidden_BTD, _ = apply(config, params, batch.tokens_BT, batch.position_BT, visible)
+    return np.asarray(hidden_BTD)
+
+
+def batch_of(trees: list[Tree], capacity: int) -> Batch:
+    """The trees packed into one row, as they come."""
+    rows = PackedRows(trees, capacity, 1, 0)
+    rows._rows = [list(range(len(trees)))]
+    return Batch.of({name: x[None] for name, x in rows[0].items()})
+
+
+# Who sees whom
+
+
+@both_families
+def test_a_token_changes_no_state_before_it_and_every_state_after_it(family: str) -> None:
+    config = make_config(family)
+    params = make_params(config)
+    tokens_BT = random_tokens(1, 9)
+    before_TD = run(config, params, tokens_BT)[0]
+    for t in range(9):
+        changed_BT = tokens_BT.copy()
+        changed_BT[0, t] = (tokens_BT[0, t] + 1) % 100
+        moved_T = (run(config, params, changed_BT)[0] != before_TD).any(-1)
+        assert moved_T.tolist() == [False] * t + [True] * (9 - t)
+
+
+@both_families
+def test_branches_see_their_question_and_themselves_only(family: str) -> None:
+    config = make_config(family)
+    params = make_params(config)
+    q, a, b, other = (random_tokens(n, seed=n).tolist() for n in (5, 3, 4, 6))
+    ones = np.ones
+    trees = [
+        Tree(q, [Branch(a, value_weights=ones(3)), Branch(b, value_weights=ones(4))]),
+        Tree(other),
+    ]
+    batch = batch_of(trees, 20)
+    before_TD = run_batch(config, params, batch)[0]
+    # question 0-3, branch 1: 4-7, branch 2: 8-12, other problem: 13-17, padding: 18-19
+    groups = {"question": (0, 4), "one": (4, 8), "two": (8, 13), "other": (13, 18)}
+    reaches = {"question": {"question", "one", "two"}} | {n: {n} for n in ("one", "two", "other")}
+    for name, (start, _) in [*groups.items(), ("padding", (18, 20))]:
+        tokens_BT = np.array(batch.tokens_BT)
+        tokens_BT[0, start] = (tokens_BT[0, start] + 1) % 100
+        moved_T = run_batch(config, params, batch._replace(tokens_BT=tokens_BT))[0] != before_TD
+        moved = {n for n, (low, high) in groups.items() if moved_T[low:high].any()}
+        assert moved == reaches.get(name, set()), name
+
+
+@both_families
+def test_a_packed_branch_is_the_question_and_the_branch_alone(family: str) -> None:
+    """Neither company, nor padding, nor the place in the row changes a state."""
+    config = make_config(family)
+    params = make_params(config)
+    q, a, b, other = (random_tokens(n, seed=n).tolist() for n in (5, 3, 4, 6))
+    trees = [Tree(other), Tree(q, [Branch(s, value_weights=np.ones(len(s))) for s in (a, b)])]
+    for capacity in (18, 32):
+        packed_TD = run_batch(config, params, batch_of(trees, capacity))[0]
+        for branch, here in ((a, slice(9, 13)), (b, slice(13, 18))):
+            alone_TD = run(config, params, np.array([q + branch], np.int32))[0]
+            np.testing.assert_allclose(packed_TD[5:9], alone_TD[:4], **CLOSE)
+            np.testing.assert_allclose(packed_TD[here], alone_TD[4:], **CLOSE)
+        alone_TD = run(config, params, np.array([other], np.int32))[0]
+        np.testing.assert_allclose(packed_TD[:5], alone_TD[:5], **CLOSE)
+
+
+@both_families
+def test_order_is_in_positions_and_visibility_not_in_the_place_in_the_row(family: str) -> None:
+    config = make_config(family)
+    params = make_params(config)
+    tokens_BT, order = random_tokens(1, 10), np.random.default_rng(0).permutation(10)
+    plain_TD = run(config, params, tokens_BT)[0]
+    visible = Packed(causal(10).visible_BTS[:, order][:, :, order])
+    shuffled_BTD, _ = apply(config, params, tokens_BT[:, order], order[None], visible)
+    np.testing.assert_allclose(shuffled_BTD[0], plain_TD[order], **CLOSE)
+
+
+def test_a_shift_of_all_positions_changes_learned_but_not_rotary_ones() -> None:
+    tokens_BT, position_BT = random_tokens(1, 10), np.arange(10)[None]
+    for family, same in (("llama", True), ("gpt3", False)):
+        config = make_config(family)
+        params = make_params(config)
+        near, far, sparse = (
+            run(config, params, tokens_BT, p)
+            for p in (position_BT, position_BT + 31, position_BT * 3)
+        )
+        assert np.allclose(near, far, atol=1e-4) == same
+        assert not np.allclose(near, sparse, atol=1e-2)
+
+
+# Rotary embedding and attention
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_rotary_products_depend_on_the_distance_only(i: int, j: int, shift: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def product(i: int, j: int) -> float:
+        turned = [rotate(x, np.array([[p]]), 10_000.0) for x, p in ((q, i), (k, j))]
+        np.testing.assert_allclose(
+            [np.linalg.norm(x) for x in turned], [np.linalg.norm(x) for x in (q, k)], rtol=1e-5
+        )
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(i, j) == pytest.approx(product(i + shift, j + shift), abs=5e-3)
+
+
+def test_rotary_embedding_multiplies_by_unit_complex_numbers() -> None:
+    """The halves are real and imaginary parts; frequencies fall from 1 by powers of theta."""
+    x = np.random.default_rng(0).normal(size=(2, 7, 3, 8)).astype(np.float32)
+    position_BT = np.random.default_rng(1).integers(0, 50, (2, 7))
+    for theta in (10_000.0, 100.0):
+        frequency = theta ** (-np.arange(4) / 4)
+        turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
+            1j * position_BT[..., None, None] * frequency
+        )
+        expected = np.concatenate([turned.real, turned.imag], -1)
+        np.testing.assert_allclose(rotate(x, position_BT, theta), expected, atol=1e-5)
+    np.testing.assert_array_equal(rotate(x, np.zeros((2, 7), int), 100.0), x)
+
+
+def oracle_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray
+) -> np.ndarray:
+    """One query head [T, H] on keys and values [T, S, H]: the definition, in float64."""
+    out = np.zeros(q.shape)
+    for t in range(len(q)):
+        logits = k[t][visible[t]].astype(float) @ q[t] / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max())
+        out[t] = weights / weights.sum() @ v[t][visible[t]]
+    return out
+
+
+def test_attend_is_the_softmax_over_the_concatenation_of_its_segments() -> None:
+    """One shared segment, one own segment of each query, and both: against numpy."""
+    rng = np.random.default_rng(0)
+    B, T, K, G, H, S, W = 2, 5, 2, 3, 8, 6, 4
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    q = normal(B, T, K, G, H) * 3
+    shared = [normal(B, K, S, H) for _ in "kv"]
+    own = [normal(B, T, K, W, H) for _ in "kv"]
+    sees_shared = rng.random((B, T, S)) < 0.5
+    sees_own = rng.random((B, T, W)) < 0.5
+    sees_shared[..., 0] = sees_own[..., 0] = True
+    segments = {
+        "shared": Segment("BKSH", *shared, sees_shared[:, None, :, None]),
+        "own": Segment("BTKSH", *own, sees_own[:, None, :, None]),
+    }
+    for names in (["shared"], ["own"], ["shared", "own"], ["own", "shared"]):
+        out = attend(jnp.asarray(q), [segments[n] for n in names])
+        assert out.shape == q.shape
+        for b, kv, g in itertools.product(range(B), range(K), range(G)):
+            keys, values = (
+                np.concatenate(
+                    [np.tile(shared[i][b, kv], (T, 1, 1)) if n == "shared" else own[i][b, :, kv]
+                     for n in names], 1,
+                )
+                for i in range(2)
+            )  # fmt: skip
+            sees = [{"shared": sees_shared, "own": sees_own}[n][b] for n in names]
+            expected = oracle_attention(q[b, :, kv, g], keys, values, np.concatenate(sees, -1))
+            np.testing.assert_allclose(out[b, :, kv, g], expected, atol=1e-5)
+
+
+def test_attention_survives_huge_logits_and_rows_that_see_nothing() -> None:
+    k = v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4, 8)) * 1e4)
+    q = k.reshape(1, 4, 1, 1, 8)
+    visible = jnp.tril(jnp.ones((4, 4), bool), -1)[None, None, :, None]  # the first sees nothing
+    out, gradient = jax.value_and_grad(lambda q: attend(q, [Segment("BKSH", k, v, visible)]).sum())(
+        q
+    )
+    assert np.isfinite(out)
+    assert np.isfinite(gradient).all()
+
+
+def test_grouped_heads_are_shared_heads_repeated() -> None:
+    grouped = make_config("llama", kv_heads=2)
+    params = make_params(grouped)
+
+    def repeat(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return jnp.repeat(x, 2, name.split("_")[1].index("K") + 1) if "_DKH" in name else x
+
+    repeated = jax.tree.map_with_path(repeat, params)
+    assert transformer.count(repeated) > transformer.count(params)
+    tokens_BT = random_tokens(2, 8)
+    np.testing.assert_allclose(
+        run(grouped, params, tokens_BT),
+        run(grouped.with_(kv_heads=4), repeated, tokens_BT),
+        **CLOSE,
+    )
+
+
+# Decoding from caches
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@both_families
+def test_cached_branches_equal_the_whole_sequence(family: str, scan: bool) -> None:
+    """Token by token, three slots on each of two prompts, started at different times."""
+    config = make_config(family)
+    params = make_params(config)
+    tokens = random_tokens(2, 7)
+    length_P = np.array([7, 4])  # of the questions; the second is padded with other tokens
+    branch_PCT = random_tokens(2, 3, 6, seed=1)
+    branch_PCT[:, :, 0] = tokens[np.arange(2), length_P - 1][:, None]  # repeats the last token
+    expected = {
+        (p, c): run(config, params, np.concatenate([tokens[p, : n - 1], branch_PCT[p, c]])[None])[0]
+        for p, n in enumerate(length_P)
+        for c in range(3)
+    }
+    if not scan:
+        config, params = transformer.unstack(config, params)
+    position_BT = np.tile(np.arange(7), (2, 1))
+    context: Any = Packed(causal(7, 2).visible_BTS, keep=True)
+    _, kept = apply(config, params, tokens, position_BT, context)
+    K, H, L = config.kv_heads, config.head_size, config.layers
+    stale = jnp.full((2, 3, K, 8, H), 7.0)  # what a finished slot left behind
+    caches: Any = (
+        BranchCache(*kept, *[jnp.broadcast_to(stale, (L, *stale.shape))] * 2)
+        if scan
+        else [BranchCache(*kv, stale, stale) for kv in kept]
+    )
+    starts_PC = np.array([[0, 2, 3], [1, 0, 3]])
+    seen = 0
+    for now in range(6):
+        age_PC = np.maximum(now - starts_PC, 0)
+        token_PC = np.take_along_axis(branch_PCT, age_PC[..., None], -1)[..., 0]
+        context = Branches(jnp.asarray(length_P - 1), jnp.asarray(age_PC))
+        position_PC = (length_P - 1)[:, None] + age_PC
+        hidden_PCD, caches = apply(config, params, token_PC, position_PC, context, caches)
+        for (p, c), hidden_TD in expected.items():
+            np.testing.assert_allclose(
+                hidden_PCD[p, c], hidden_TD[length_P[p] - 1 + age_PC[p, c]], **CLOSE
+            )
+            seen += 1
+    assert seen == 36
+
+
+# Heads
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_text_is_ever_likely(tied: bool) -> None:
+    config = make_config(tied=tied)
+    params = make_params(config)
+    hidden_BTD = 1e3 * np.random.default_rng(0).normal(size=(1, 5, 32)).astype(np.float32)
+    logits = head(config, params, hidden_BTD, "logits")
+    assert logits.shape == (1, 5, 128)
+    assert logits.dtype == jnp.float32
+    assert (logits[..., 100:] == HIDDEN).all()
+    table_VD = params["params"]["embed_VD" if tied else "unembed_VD"]
+    np.testing.assert_allclose(logits[..., :100], hidden_BTD @ table_VD[:100].T, rtol=1e-4)
+    assert (jax.nn.softmax(logits)[..., 100:] == 0).all()
+    gradient = jax.grad(lambda p: jax.nn.logsumexp(head(config, p, hidden_BTD, "logits")).sum())(
+        params
+    )["params"]["embed_VD" if tied else "unembed_VD"]
+    assert (gradient[100:] == 0).all()
+    assert (gradient[:100] != 0).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_value_is_gain_times_the_reserved_logit_plus_bias(tied: bool) -> None:
+    config = make_config(tied=tied)
+    assert (config.reserved_token, config.vocab_size) == (100, 128)
+    params = make_params(config)
+    tree = params["params"]
+    hidden_BTD = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+    row_D = tree["embed_VD" if tied else "unembed_VD"][100]
+    np.testing.assert_allclose(
+        head(config, params, hidden_BTD, "value"),
+        tree["value_gain"] * (hidden_BTD @ row_D) + tree["value_bias"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_neutral_head_says_its_value_and_can_learn(tied: bool) -> None:
+    config = make_config(tied=tied)
+    before = make_params(config)
+    params = transformer.neutral_head(config, before, 0.25)
+    tokens_BT = random_tokens(2, 6)
+
+    def value(params: Params) -> jax.Array:
+        return head(config, params, run(config, params, tokens_BT), "value")
+
+    assert (value(params) == 0.25).all()
+    assert not (value(before) == 0.25).any()
+    # The language model is the same one.
+    logits = [head(config, p, run(config, p, tokens_BT), "logits") for p in (before, params)]
+    np.testing.assert_array_equal(*logits)
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(value(p) - 1).sum()))(params)["params"]
+    table_VD = gradient["embed_VD" if tied else "unembed_VD"]
+    assert (table_VD[100] != 0).all()
+    assert gradient["value_bias"] == pytest.approx(12 * 2 * -0.75)
+    assert gradient["value_gain"] == 0  # times a logit of 0: only the row and the bias move
+
+
+def test_tied_models_have_one_table_and_untied_two() -> None:
+    for tied in (True, False):
+        config = make_config(tied=tied)
+        tree = make_params(config)["params"]
+        assert ("unembed_VD" in tree) == (not tied)
+        changed = {"params": tree | {"embed_VD": tree["embed_VD"] + 1.0}}
+        hidden = jnp.ones((1, 1, 32))
+        same = [head(config, p, hidden, "logits") for p in ({"params": tree}, changed)]
+        assert np.array_equal(*same) == (not tied)
+
+
+# Parameters
+
+
+def boxes(config: ModelConfig) -> list[tuple[str, nn.LogicallyPartitioned]]:
+    one = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(Transformer(config).init, jax.random.key(0), one, one, causal(1))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), box) for path, box in leaves]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@both_families
+def test_every_parameter_is_boxed_with_letters_of_the_alphabet(family: str, scan: bool) -> None:
+    """And they are the suffix of its name, after the L of stacked layers."""
+    for name, box in boxes(make_config(family, scan_layers=scan)):
+        assert isinstance(box, nn.LogicallyPartitioned), name
+        assert len(box.names) == len(box.value.shape), name
+        assert all(letter in sharding.RULES for letter in box.names), name
+        suffix = name.split("_")[-1]
+        letters = suffix if set(suffix) <= set(string.ascii_uppercase) else ""
+        stacked = "L" if scan and ".layers." in name else ""
+        assert "".join(box.names) == stacked + letters, name
+
+
+def test_an_axis_the_rules_do_not_know_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        sharding.spec("DX")
+
+
+@both_families
+def test_parameter_count_is_the_formula_of_scaling_laws(family: str) -> None:
+    config = make_config(family)
+    D, F, V, L, H, N, K = 32, 48, 128, 2, 8, 4, 2
+    matrices = {"gpt3": D * H * 2 * (N + K) + 2 * D * F, "llama": D * H * 2 * (N + K) + 3 * D * F}
+    rest = {
+        "gpt3": L * ((N + 2 * K) * H + D + F + D + 4 * D) + 2 * D + V * D + 64 * D,
+        "llama": L * 2 * D + D + 2 * V * D,
+    }
+    head = 2
+    assert config.parameters == L * matrices[family]
+    shapes = transformer.shapes(config)
+    assert transformer.count(shapes) == L * matrices[family] + rest[family] + head
+    weights = [
+        x.size
+        for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]
+        if jax.tree_util.keystr(path[-1:], simple=True).startswith("w")
+    ]
+    assert sum(weights) == config.parameters
+
+
+def test_published_sizes_of_gpt3_are_their_names() -> None:
+    """96 layers of width 12,288 are 175 billion parameters."""
+    big = make_config(width=12288, layers=96, heads=96, kv_heads=96, head_size=128, mlp_width=49152)
+    assert 173e9 < big.parameters < 175e9
+
+
+@both_families
+def test_initial_parameters_have_gpt2s_statistics(family: str, mesh: Mesh) -> None:
+    config = make_config(family, width=64, mlp_width=128, layers=3)
+    params = transformer.init(config, jax.random.key(0), mesh)
+    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if name.startswith(("b", "scale", "value")):
+            assert (x == (1.0 if name.startswith(("scale", "value_gain")) else 0.0)).all(), name
+            continue
+        # What is added to the residual stream 2 L times has its variance divided by 2 L.
+        scale = 0.02 * (6**-0.5 if name.startswith(("wo", "w_out")) else 1.0)
+        assert x.dtype == jnp.float32
+        assert np.std(x) == pytest.approx(scale, rel=6 / np.sqrt(2 * x.size)), name
+        assert abs(np.mean(x)) < 5 * scale / np.sqrt(x.size), name
+    first, second = params["params"]["layers"]["attention"]["wo_NHD"][:2]
+    assert not np.array_equal(first, second)  # each layer has its own draw
+
+
+# Rewrites that change nothing
+
+
+@functools.cache
+def loss_and_gradient(config: ModelConfig) -> tuple[jax.Array, Params]:
+    """Of the same model, with its layers stacked or not."""
+    params = make_params(config.with_(scan_layers=True, remat=False))
+    if not config.scan_layers:
+        _, params = transformer.unstack(config, params)
+    tokens_BT = random_tokens(2, 8)
+
+    def loss(params: Params) -> jax.Array:
+        logits = head(config, params, run(config, params, tokens_BT), "logits")
+        return jax.nn.log_softmax(logits)[..., :50].mean()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@both_families
+def test_layers_of_their_own_equal_scanned_layers(family: str) -> None:
+    config = make_config(family)
+    flat, params = transformer.unstack(config, make_params(config))
+    assert not flat.scan_layers
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, transformer.shapes(flat))
+    loss, gradient = loss_and_gradient(config)
+    flat_loss, flat_gradient = loss_and_gradient(flat)
+    assert loss == pytest.approx(float(flat_loss), rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        transformer.unstack(config, gradient)[1],
+        flat_gradient,
+    )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_changes_neither_values_nor_gradients(scan: bool) -> None:
+    config = make_config("llama", scan_layers=scan)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        loss_and_gradient(config),
+        loss_and_gradient(config.with_(remat=True)),
+    )
+
+
+@both_families
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters(family: str) -> None:
+    config = make_config(family)
+    params, tokens_BT = make_params(config), random_tokens(2, 8)
+    exact = np.asarray(run(config, params, tokens_BT))
+    rough = np.asarray(run(config.with_(dtype="bfloat16"), params, tokens_BT))
+    assert rough.dtype == jnp.bfloat16
+    error = np.sqrt(np.mean((rough.astype(np.float32) - exact) ** 2) / np.mean(exact**2))
+    assert 1e-4 < error < 0.03  # it really was bfloat16, and near
+
+
+# Residual dropout
+
+
+def test_residual_dropout_drops_what_a_sublayer_adds() -> None:
+    """Each number is kept with probability 1 - rate and scaled so that the mean is preserved."""
+    config, rate = make_config("llama"), 0.25
+    layer = jax.tree.map(lambda x: x[0], make_params(config)["params"]["layers"])
+    x_BTD = jax.random.normal(jax.random.key(5), (8, 32, 32))
+    position_BT = np.tile(np.arange(32), (8, 1))
+    out_of = {"attention": "wo_NHD", "mlp": "w_out_FD"}
+    kept = {}
+    for name, other in (("attention", "mlp"), ("mlp", "attention")):
+        silent = layer[other] | {out_of[other]: jnp.zeros_like(layer[other][out_of[other]])}
+        variables = {"params": layer | {other: silent}}  # the other sublayer adds nothing
+
+        def added(rate: float, key: jax.Array | None, variables: Any = variables) -> jax.Array:
+            out, _ = Block(config, rate).apply(
+                variables,
+                x_BTD,
+                None,
+                position_BT,
+                causal(32, 8),
+                rngs=None if key is None else {"dropout": key},
+            )
+            return out - x_BTD
+
+        whole, dropped = added(0.0, None), added(rate, jax.random.key(0))
+        kept[name] = np.asarray(dropped != 0)
+        np.testing.assert_allclose(dropped[kept[name]], whole[kept[name]] / (1 - rate), atol=1e-5)
+        deviation = np.sqrt(rate * (1 - rate) / kept[name].size)
+        assert kept[name].mean() == pytest.approx(1 - rate, abs=4 * deviation)
+    agree = (kept["attention"] == kept["mlp"]).mean()
+    assert agree == pytest.approx(0.75**2 + 0.25**2, abs=0.02)  # two independent masks
+
+
+def test_residual_dropout_is_a_function_of_its_key() -> None:
+    config = make_config()
+    params = make_params(config)
+    tokens_BT, position_BT = random_tokens(2, 8), np.tile(np.arange(8), (2, 1))
+
+    def states(rate: float, key: int | None, config: ModelConfig = config) -> np.ndarray:
+        rng = None if key is None else jax.random.key(key)
+        return np.asarray(
+            apply(config, params, tokens_BT, position_BT, causal(8, 2), dropout=rate, key=rng)[0]
+        )
+
+    np.testing.assert_array_equal(states(0.3, 0), states(0.3, 0))
+    np.testing.assert_allclose(states(0.3, 0), states(0.3, 0, config.with_(remat=True)), **CLOSE)
+    assert not np.allclose(states(0.3, 0), states(0.3, 1), atol=1e-2)
+    np.testing.assert_array_equal(states(0.0, 0), states(0.0, None))
+    with pytest.raises(Exception, match="dropout"):
+        states(0.3, None)
+
+
+def test_every_layer_draws_its_own_dropout() -> None:
+    """With two equal layers on an input that stays the same, equal masks would add equal parts."""
+    config = make_config("llama", layers=2)
+    params = make_params(config)
+    layers = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), params["params"]["layers"])
+    layers["attention"]["wo_NHD"] *= 0
+    layers["mlp"]["w_out_FD"] *= 1e-4  # the second layer sees almost what the first saw
+    tree = params["params"] | {"layers": layers}
+    tokens_BT, position_BT = random_tokens(2, 16), np.tile(np.arange(16), (2, 1))
+
+    def states(rate: float, layers: int) -> np.ndarray:
+        part = {"params": tree | {"layers": jax.tree.map(lambda x: x[:layers], tree["layers"])}}
+        inputs = tokens_BT, position_BT, causal(16, 2)
+        some, key = config.with_(layers=layers), jax.random.key(0)
+        return np.asarray(apply(some, part, *inputs, dropout=rate, key=key)[0])
+
+    base = states(0.5, 2) - states(0.0, 2)
+    # Equal masks would leave 0 or 2 of 2 parts, never 1 of 2, which changes nothing in the mean.
+    unchanged = np.isclose(base, 0, atol=0.1 * np.abs(base).max()).mean()
+    assert unchanged > 0.3
