@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from gsm_verifier import sharding
-from gsm_verifier.data.packing import Branch, PackedRows, Tree
+from gsm_verifier.data.packing import FIELDS, Branch, Tree
 from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed, Segment, attend
 from gsm_verifier.model.config import FAMILIES, ModelConfig
@@ -89,10 +89,12 @@ def run_batch(config: ModelConfig, params: Params, batch: Batch) -> np.ndarray:
 
 
 def batch_of(trees: list[Tree], capacity: int) -> Batch:
-    """The trees packed into one row, as they come."""
-    rows = PackedRows(trees, capacity, 1, 0)
-    rows._rows = [list(range(len(trees)))]
-    return Batch.of({name: x[None] for name, x in rows[0].items()})
+    """One row of the trees as they come, padded to `capacity`."""
+    parts = [
+        t.flatten() | {"problem": np.full(t.length, i, np.int32)} for i, t in enumerate(trees, 1)
+    ]
+    row = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+    return Batch.of({name: np.pad(x, (0, capacity - len(x)))[None] for name, x in row.items()})
 
 
 # Who sees whom

@@ -1,0 +1,240 @@
+"""Trees in rows: the layout by hand, packing by its invariants, batches as a pure function."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gsm_verifier.data.packing import FIELDS, OPEN_ROWS, Branch, PackedRows, Tree, pack, split
+
+
+def trees_of(lengths: list[int]) -> list[Tree]:
+    """Documents of the given lengths; tree i holds no token but i + 1."""
+    return [Tree([i + 1] * (n + 1), lm_weight=1.0) for i, n in enumerate(lengths)]
+
+
+def documents(count: int = 30, seed: int = 0) -> list[Tree]:
+    return trees_of(np.random.default_rng(seed).integers(1, 20, count).tolist())
+
+
+# Layout
+
+
+def test_a_tree_is_laid_out_as_documented() -> None:
+    tree = Tree(
+        [10, 11, 12],
+        [
+            Branch([20, 21, 22], value_weights=np.array([0.0, 0.5, 1.0]), label=1.0),
+            Branch([30, 31], lm_weight=4.0, value_weights=np.array([2.0, 3.0])),
+        ],
+        lm_weight=0.25,
+    )
+    assert tree.length == 9
+    expected = {
+        "tokens": [10, 11, 12, 20, 21, 22, 12, 30, 31],
+        "targets": [11, 12, 20, 21, 22, 0, 30, 31, 0],
+        "position": [0, 1, 2, 3, 4, 5, 2, 3, 4],
+        "problem": [1] * 9,
+        "branch": [0, 0, 1, 1, 1, 1, 2, 2, 2],
+        "lm_weight": [0.25, 0.25, 0, 0, 0, 0, 4, 4, 0],
+        "value_weight": [0, 0, 0, 0, 0.5, 1, 0, 2, 3],
+        "label": [0, 0, 1, 1, 1, 1, 0, 0, 0],
+    }
+    row = tree.flatten()
+    assert {name: values.tolist() for name, values in row.items()} == expected
+    assert {name: values.dtype for name, values in row.items()} == FIELDS
+
+
+def test_a_branch_without_verifier_loss_ends_before_its_last_token() -> None:
+    """The last token predicts nothing and is judged by nobody: it isn't computed."""
+    tree = Tree([10, 11], [Branch([20, 21, 22], lm_weight=1.0)], lm_weight=1.0)
+    row = tree.flatten()
+    assert row["tokens"].tolist() == [10, 11, 20, 21]
+    assert row["targets"].tolist() == [11, 20, 21, 22]
+    assert row["lm_weight"].tolist() == [1, 1, 1, 1]
+    document = Tree([10, 11, 20, 21, 22], lm_weight=1.0).flatten()
+    for name in ("tokens", "targets", "position", "lm_weight", "value_weight"):
+        assert row[name].tolist() == document[name].tolist(), name
+
+
+WEIGHTS = st.sampled_from([0.0, 1.0, 2.5])
+
+
+@st.composite
+def tree_strategy(draw: st.DrawFn) -> Tree:
+    question = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
+    branches = []
+    for _ in range(draw(st.integers(0, 4))):
+        tokens = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
+        judged = draw(st.booleans())
+        weights = np.array(draw(st.lists(WEIGHTS, min_size=len(tokens), max_size=len(tokens))))
+        label = draw(st.sampled_from([0.0, 1.0]))
+        branches.append(Branch(tokens, draw(WEIGHTS), weights if judged else None, label))
+    return Tree(question, branches, draw(WEIGHTS))
+
+
+@given(tree_strategy())
+def test_every_token_is_predicted_once_and_judged_where_it_is_the_input(tree: Tree) -> None:
+    row = tree.flatten()
+    assert all(len(values) == tree.length for values in row.values())
+    q = len(tree.question) - 1
+    for number, branch in enumerate(tree.branches, 1):
+        here = row["branch"] == number
+        whole = [*tree.question, *branch.tokens]
+        m = len(branch.tokens)
+        assert row["tokens"][here].tolist() == whole[q : q + branch.length]
+        assert row["targets"][here][:m].tolist() == whole[q + 1 :]
+        assert row["position"][here].tolist() == list(range(q, q + branch.length))
+        assert row["lm_weight"][here].sum() == pytest.approx(m * branch.lm_weight)
+        judged = [] if branch.value_weights is None else branch.value_weights.tolist()
+        assert row["value_weight"][here][1:].tolist() == (judged or [0.0] * (m - 1))
+        assert row["value_weight"][here][0] == 0  # the question's last token isn't judged
+        assert (row["label"][here] == branch.label).all()
+    question = row["branch"] == 0
+    assert row["tokens"][question].tolist() == tree.question[:-1]
+    assert row["targets"][question].tolist() == tree.question[1:]
+
+
+# Splitting
+
+
+@given(tree_strategy(), st.integers(1, 20))
+def test_split_keeps_every_branch_once_in_order_within_the_capacity(
+    tree: Tree, capacity: int
+) -> None:
+    space = capacity - (len(tree.question) - 1)
+    if any(branch.length > space for branch in tree.branches):
+        with pytest.raises(ValueError, match="raise row_tokens"):
+            split(tree, capacity)
+        return
+    parts = split(tree, capacity)
+    assert [b for part in parts for b in part.branches] == list(tree.branches)
+    assert all(part.question == tree.question for part in parts)
+    assert [part.lm_weight for part in parts] == [tree.lm_weight] + [0.0] * (len(parts) - 1)
+    if tree.branches:
+        assert all(part.length <= capacity for part in parts)
+        assert all(part.branches for part in parts)
+    # Greedy: a part was closed only because the next branch didn't fit.
+    for part, following in itertools.pairwise(parts):
+        assert part.length + following.branches[0].length > capacity
+
+
+def test_split_names_the_sizes_that_do_not_fit() -> None:
+    tree = Tree([1, 2, 3], [Branch([4, 5]), Branch([4, 5, 6, 7])])
+    assert len(split(tree, 6)) == 2
+    message = "question of 3 tokens with a solution of 4 doesn't fit a row of 5"
+    with pytest.raises(ValueError, match=message):
+        split(tree, 5)
+
+
+# Packing
+
+
+@given(st.lists(st.integers(1, 20), max_size=300), st.integers(20, 40), st.randoms())
+def test_pack_places_every_index_once_and_never_exceeds_the_capacity(
+    lengths: list[int], capacity: int, random: object
+) -> None:
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    rows = pack(lengths, capacity, order)
+    assert sorted(i for row in rows for i in row) == sorted(order)
+    assert all(row and sum(lengths[i] for i in row) <= capacity for row in rows)
+    if len(rows) <= OPEN_ROWS:  # first fit: no two rows could have been one
+        sums = sorted(sum(lengths[i] for i in row) for row in rows)
+        assert len(sums) < 2 or sums[0] + sums[1] > capacity
+
+
+def test_pack_is_first_fit_in_the_given_order() -> None:
+    assert pack([6, 5, 4, 3, 2], 10, [0, 1, 2, 3, 4]) == [[0, 2], [1, 3, 4]]
+    assert pack([6, 5, 4, 3, 2], 10, [4, 3, 2, 1, 0]) == [[4, 3, 2], [1], [0]]
+    assert pack([], 10, []) == []
+
+
+def test_pack_forgets_the_fullest_row_when_too_many_are_open() -> None:
+    """One row has room for 3, all others for 1; after they were opened, 3 still fits."""
+    lengths = [9] * 10 + [7] + [9] * OPEN_ROWS + [3]
+    rows = pack(lengths, 10, range(len(lengths)))
+    assert [10, len(lengths) - 1] in rows
+
+
+def test_an_item_longer_than_a_row_is_named() -> None:
+    with pytest.raises(ValueError, match="item 1 of 11 tokens doesn't fit a row of 10"):
+        pack([3, 11], 10, [0, 1])
+    with pytest.raises(ValueError, match="item 0 of 11 tokens doesn't fit a row of 10"):
+        PackedRows(trees_of([11]), 10, 1, 0)
+
+
+# Rows of all epochs
+
+
+def counted(rows: PackedRows) -> Counter[int]:
+    return Counter(tree for i in range(len(rows)) for tree, _ in rows.layout(i))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(0, 0), (0.5, 15), (1, 30), (2, 60), (2.0, 60), (2.1, 63)]
+)
+def test_epochs_may_be_fractions(epochs: float, expected: int) -> None:
+    times = counted(PackedRows(documents(), 24, epochs, 0))
+    assert sum(times.values()) == expected
+    whole = int(epochs)
+    assert all(whole <= times[tree] <= whole + 1 for tree in range(30))
+
+
+def test_rows_are_a_function_of_their_arguments_and_every_epoch_has_its_order() -> None:
+    def layout(seed: int) -> list[list[tuple[int, int]]]:
+        rows = PackedRows(documents(), 24, 2, seed)
+        return [rows.layout(i) for i in range(len(rows))]
+
+    assert layout(0) == layout(0)
+    assert layout(0) != layout(1)
+    one = PackedRows(documents(), 24, 1, 0)
+    first = layout(0)[: len(one)]
+    assert first == [one.layout(i) for i in range(len(one))]  # more epochs change no earlier row
+    assert layout(0)[len(one) :] != first
+
+
+def test_layout_says_where_every_tree_stands() -> None:
+    trees = documents()
+    rows = PackedRows(trees, 24, 1, 3)
+    for i in range(len(rows)):
+        row, used = rows[i], 0
+        assert all(x.shape == (24,) and x.dtype == FIELDS[name] for name, x in row.items())
+        for number, (tree, start) in enumerate(rows.layout(i), 1):
+            assert start == used
+            here = slice(start, start + trees[tree].length)
+            used = here.stop
+            for name, values in trees[tree].flatten().items():
+                expected = values * number if name == "problem" else values
+                np.testing.assert_array_equal(row[name][here], expected)
+        assert all((x[used:] == 0).all() for x in row.values())
+    assert rows.layout(len(rows)) == []
+    assert all((x == 0).all() for x in rows[len(rows)].values())
+
+
+def test_batches_from_k_on_are_the_tail_of_all_batches() -> None:
+    rows = PackedRows(documents(100), 24, 1.5, 0)
+    batches = list(rows.batches(4))
+    assert len(batches) == -(-len(rows) // 4)
+    assert len(rows) % 4  # so the last one is padded
+    for start in range(len(batches)):
+        tail = list(rows.batches(4, start))
+        assert len(tail) == len(batches) - start
+        for got, expected in zip(tail, batches[start:], strict=True):
+            for name in FIELDS:
+                np.testing.assert_array_equal(got[name], expected[name])
+    for i, batch in enumerate(batches):
+        for r in range(4):
+            row = rows[i * 4 + r]
+            assert all((batch[name][r] == row[name]).all() for name in FIELDS)
+
+
+def test_no_trees_make_no_batches() -> None:
+    rows = PackedRows([], 24, 3, 0)
+    assert len(rows) == 0
+    assert list(rows.batches(4)) == []
+    some = PackedRows(documents(4), 24, 1, 0)
+    assert list(some.batches(4, start=99)) == []
