@@ -32,17 +32,43 @@ def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
 
 
-def attend(q_BTKGH: jax.Array, segments: list[Segment]) -> jax.Array:
+class Look(NamedTuple):
+    """How a layer looks at what it may see: the words of its family.
+
+    Attributes:
+      position_BT: of the queries. window: how many positions back they see, themselves included;
+        0 for all. None, a layer without windows, computes nothing for it.
+      scale: of the logits, 0 for 1 / sqrt(H). cap: their soft cap, 0 for none.
+    """
+
+    position_BT: Any = None
+    window: Any = None
+    scale: float = 0.0
+    cap: float = 0.0
+
+    def near(self, visible_BTS: jax.Array, position_BS: jax.Array) -> jax.Array:
+        """`visible` less what is out of the window."""
+        if self.window is None:
+            return visible_BTS
+        distance_BTS = self.position_BT[:, :, None] - position_BS[:, None, :]
+        reach = jnp.where(self.window == 0, jnp.iinfo(jnp.int32).max, self.window)
+        return visible_BTS & (distance_BTS < reach)
+
+
+def attend(
+    q_BTKGH: jax.Array, segments: list[Segment], scale: float = 0.0, cap: float = 0.0
+) -> jax.Array:
     """Softmax attention over the union of the segments: [B, T, K, G, H] in q's dtype.
 
     The logits are laid out [B, K, T, G, S]: T and G together are the rows of one matrix product,
     which on CPU takes two thirds of the time of [B, K, G, T, S]. Weights are normalised after the
     product with the values, on H instead of S numbers.
     """
-    q = q_BTKGH * q_BTKGH.shape[-1] ** -0.5
-    logits = [
-        jnp.where(s.visible, _einsum(f"BTKGH,{s.letters}->BKTGS", q, s.k), HIDDEN) for s in segments
-    ]
+    q = q_BTKGH * (scale or q_BTKGH.shape[-1] ** -0.5)
+    logits = [_einsum(f"BTKGH,{s.letters}->BKTGS", q, s.k) for s in segments]
+    if cap:
+        logits = [cap * jnp.tanh(part / cap) for part in logits]
+    logits = [jnp.where(s.visible, part, HIDDEN) for s, part in zip(segments, logits, strict=True)]
     top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits])
     top = jax.lax.stop_gradient(top)  # cancels out; only there against overflow
     weights = [jnp.exp(part - top) for part in logits]
@@ -63,11 +89,17 @@ class Packed:
     keep: bool = field(default=False, metadata=dict(static=True))
 
     def __call__(
-        self, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: None
+        self,
+        q_BTKGH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        cache: None,
+        look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, Any]:
         k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        visible = self.visible_BTS[:, None, :, None]
-        out = attend(q_BTKGH, [Segment("BKSH", k_BKSH, v_BKSH, visible)])
+        visible = look.near(self.visible_BTS, look.position_BT)[:, None, :, None]
+        seen = Segment("BKSH", k_BKSH, v_BKSH, visible)
+        out = attend(q_BTKGH, [seen], look.scale, look.cap)
         return out, (k_BKSH, v_BKSH) if self.keep else None
 
 
@@ -90,7 +122,12 @@ class Branches:
     age_BT: jax.Array
 
     def __call__(
-        self, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: BranchCache
+        self,
+        q_BTKGH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        cache: BranchCache,
+        look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, BranchCache]:
         def write(own_KSH: jax.Array, new_KH: jax.Array, age: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(own_KSH, new_KH[:, None], age, 1)
@@ -103,13 +140,18 @@ class Branches:
         )
         prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
         own_S = jnp.arange(cache.own_k_BTKSH.shape[3])
-        in_prompt = (prompt_S < self.prompt_length_B[:, None])[:, None, None, None]
-        in_branch = (own_S <= self.age_BT[..., None])[:, None, :, None]
+        length_B1 = self.prompt_length_B[:, None]
+        in_prompt = look.near((prompt_S < length_B1)[:, None], prompt_S[None])
+        in_branch = look.near(own_S <= self.age_BT[..., None], length_B1 + own_S)
         out = attend(
             q_BTKGH,
             [
-                Segment("BKSH", cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt),
-                Segment("BTKSH", cache.own_k_BTKSH, cache.own_v_BTKSH, in_branch),
+                Segment(
+                    "BKSH", cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt[:, None, :, None]
+                ),
+                Segment("BTKSH", cache.own_k_BTKSH, cache.own_v_BTKSH, in_branch[:, None, :, None]),
             ],
+            look.scale,
+            look.cap,
         )
         return out, cache

@@ -14,11 +14,23 @@ class ModelConfig:
       width: D. layers: L. heads: N. kv_heads: K (divides N). head_size: H. mlp_width: F.
       max_length: longest sequence; the number of learned positions.
       positions: "learned" | "rope".
-      rope_theta: base of the rotary frequencies.
-      norm: "layer" | "rms". norm_eps: its epsilon.
-      mlp: "gelu" | "swiglu".
+      norm: "layer" | "rms" | "rms_offset" (its scale is stored less 1). norm_eps: its epsilon.
+      mlp: "gelu" (by tanh) | "gelu_exact" | "swiglu" | "geglu".
       biases: on every projection and norm (GPT-3 style) or on none (Llama style).
       tied: the unembedding is the embedding.
+      qkv_biases: on the projections to queries, keys and values, where the others have none.
+      qk_norm: queries and keys are normalised over H.
+      residual: "serial" | "parallel" (attention and MLP read the same residual stream).
+      post_norms: what a sublayer adds is normalised too.
+      scaled_embedding: embeddings are multiplied by sqrt(D).
+      query_scale: of the attention logits; 0 for 1 / sqrt(H).
+      attention_cap, logit_cap: soft cap of the logits of attention and of the vocabulary; 0: none.
+      windows: how many positions back each layer sees, itself included, 0 for all; (): all do.
+      rope_theta: base of the rotary frequencies.
+      window_theta: the base in layers with a window, unscaled; 0: they are like the others.
+      rope_fraction: of the head that rotates.
+      rope_linear: positions are divided by it.
+      rope_llama3: Llama 3's scaling: factor, low and high frequency factor, original length.
       dtype: of the computation, "float32" | "bfloat16"; parameters are always float32.
       scan_layers: one set of stacked layers under lax.scan (compiles in the time of one layer)
         or one set of parameters per layer (decodes faster: no slice of the stack is copied).
@@ -40,6 +52,19 @@ class ModelConfig:
     tied: bool
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    qkv_biases: bool = False
+    qk_norm: bool = False
+    residual: str = "serial"
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    query_scale: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    windows: tuple[int, ...] = ()
+    window_theta: float = 0.0
+    rope_fraction: float = 1.0
+    rope_linear: float = 1.0
+    rope_llama3: tuple[float, ...] = ()
     dtype: str = "float32"
     scan_layers: bool = True
     remat: bool = False
@@ -57,17 +82,44 @@ class ModelConfig:
     def parameters(self) -> int:
         """Parameters without the embeddings: the N of scaling laws, and of FLOP counts."""
         attention = self.width * self.head_size * 2 * (self.heads + self.kv_heads)
-        mlp = self.width * self.mlp_width * (3 if self.mlp == "swiglu" else 2)
+        mlp = self.width * self.mlp_width * (3 if self.gated else 2)
         return self.layers * (attention + mlp)
+
+    @property
+    def gated(self) -> bool:
+        return self.mlp in ("swiglu", "geglu")
 
     def with_(self, **changes: Any) -> "ModelConfig":
         return replace(self, **changes)
 
 
 # A family is the set of words its sizes share.
+_GPT = dict(norm="layer", biases=True)
+_LLAMA = dict(positions="rope", norm="rms", mlp="swiglu", biases=False, tied=False)
+_GEMMA = dict(
+    positions="rope",
+    norm="rms_offset",
+    mlp="geglu",
+    biases=False,
+    tied=True,
+    post_norms=True,
+    scaled_embedding=True,
+)
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt3": dict(positions="learned", norm="layer", mlp="gelu", biases=True, tied=True),
-    "llama": dict(positions="rope", norm="rms", mlp="swiglu", biases=False, tied=False),
+    "gpt3": dict(**_GPT, positions="learned", mlp="gelu", tied=True),
+    "gpt_neox": dict(
+        **_GPT,
+        positions="rope",
+        rope_fraction=0.25,
+        residual="parallel",
+        mlp="gelu_exact",
+        tied=False,
+    ),
+    "llama": _LLAMA,
+    "qwen2": dict(**_LLAMA, qkv_biases=True),
+    "qwen3": dict(**_LLAMA, qk_norm=True),
+    "gemma2": dict(**_GEMMA, attention_cap=50.0, logit_cap=30.0),
+    "gemma3": dict(**_GEMMA, qk_norm=True),
 }
 
 

@@ -8,15 +8,17 @@ The verifier's head is one gain and one bias on the logit of one reserved vocabu
 language model never predicts that token, so a generator is a verifier whose head nobody trained.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from gsm_verifier.model.attention import HIDDEN, Packed
+from gsm_verifier.model.attention import HIDDEN, Look, Packed
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.sharding import constrain, tree_shardings
 
@@ -24,6 +26,14 @@ Params = Any  # a linen variable collection {"params": {...}} of plain arrays
 Context = Callable[..., tuple[jax.Array, Any]]
 
 INIT_SCALE = 0.02  # GPT-2's, and every later family's
+
+_GELU = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _GELU,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "swiglu": jax.nn.silu,
+    "geglu": _GELU,
+}
 
 
 def _normal(letters: str, scale: float = INIT_SCALE) -> Callable[..., Any]:
@@ -40,18 +50,43 @@ def _project(formula: str, x: jax.Array, w: jax.Array, bias: jax.Array | None) -
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
-def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves convention (Llama's in Hugging Face checkpoints)."""
-    half = x_BTNH.shape[-1] // 2
-    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def stretch(config: ModelConfig) -> Any:
+    """What the wavelengths of the rotary embedding are multiplied by, to reach further."""
+    c = config
+    if not c.rope_llama3:
+        return c.rope_linear
+    # Waves much shorter than the original length stay, much longer ones are stretched by factor.
+    factor, low, high, length = c.rope_llama3
+    half = int(c.head_size * c.rope_fraction) // 2
+    turns = length / (2 * np.pi * c.rope_theta ** (np.arange(half) / half))
+    stay = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (stay + (1 - stay) / factor)
+
+
+def rotate(
+    x_BTNH: jax.Array, position_BT: jax.Array, theta: Any, stretch: Any = 1.0, fraction: float = 1.0
+) -> jax.Array:
+    """Rotary position embedding, halves convention (Llama's in Hugging Face checkpoints).
+
+    Args:
+      theta: base of the frequencies; stretch: divides them; fraction: of the head that rotates.
+    """
+    half = int(x_BTNH.shape[-1] * fraction) // 2
+    frequency_H = theta ** (-np.arange(half) / half) / stretch
     angle = position_BT[..., None, None].astype(jnp.float32) * frequency_H
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    a, b, rest = jnp.split(x_BTNH, (half, 2 * half), -1)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 
 class Norm(nn.Module):
+    """Normalisation over the last axis, `size` long; `letter` is its name."""
+
     config: ModelConfig
+    letter: str
+    size: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,9 +95,12 @@ class Norm(nn.Module):
         if c.norm == "layer":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_eps)
-        y *= self.param("scale_D", _constant("D", 1.0), (c.width,))
+        offset = 1.0 if c.norm == "rms_offset" else 0.0
+        y *= offset + self.param(
+            f"scale_{self.letter}", _constant(self.letter, 1.0 - offset), (self.size,)
+        )
         if c.biases:
-            y += self.param("bias_D", _constant("D", 0.0), (c.width,))
+            y += self.param(f"bias_{self.letter}", _constant(self.letter, 0.0), (self.size,))
         return y.astype(x.dtype)
 
 
@@ -71,7 +109,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, context: Context, cache: Any
+        self, x_BTD: jax.Array, position_BT: jax.Array, context: Context, cache: Any, window: Any
     ) -> tuple[jax.Array, Any]:
         c = self.config
 
@@ -81,7 +119,7 @@ class Attention(nn.Module):
             )
             bias = (
                 self.param(f"b{name}_{letter}H", _constant(f"{letter}H", 0.0), (count, c.head_size))
-                if c.biases
+                if c.biases or c.qkv_biases
                 else None
             )
             return constrain(
@@ -91,12 +129,22 @@ class Attention(nn.Module):
         q_BTNH = heads("q", "N", c.heads)
         k_BTKH = heads("k", "K", c.kv_heads)
         v_BTKH = heads("v", "K", c.kv_heads)
+        if c.qk_norm:
+            q_BTNH = Norm(c, "H", c.head_size, name="q_norm")(q_BTNH)
+            k_BTKH = Norm(c, "H", c.head_size, name="k_norm")(k_BTKH)
         if c.positions == "rope":
-            q_BTNH = rotate(q_BTNH, position_BT, c.rope_theta)
-            k_BTKH = rotate(k_BTKH, position_BT, c.rope_theta)
+            rope = (c.rope_theta, stretch(c))
+            if c.window_theta:  # a layer with a window has a base of its own, and no scaling
+                rope = tuple(
+                    jnp.where(window == 0, *pair)
+                    for pair in zip(rope, (c.window_theta, 1.0), strict=True)
+                )
+            q_BTNH = rotate(q_BTNH, position_BT, *rope, c.rope_fraction)
+            k_BTKH = rotate(k_BTKH, position_BT, *rope, c.rope_fraction)
         B, T = position_BT.shape
         q_BTKGH = q_BTNH.reshape(B, T, c.kv_heads, c.heads // c.kv_heads, c.head_size)
-        out_BTKGH, cache = context(q_BTKGH, k_BTKH, v_BTKH, cache)
+        look = Look(position_BT, window, c.query_scale, c.attention_cap)
+        out_BTKGH, cache = context(q_BTKGH, k_BTKH, v_BTKH, cache, look)
         out_BTNH = constrain(out_BTKGH.reshape(q_BTNH.shape), "BTNH")
         wo_NHD = self.param(
             "wo_NHD",
@@ -121,10 +169,8 @@ class Mlp(nn.Module):
             )
             return constrain(_project("BTD,DF->BTF", x_BTD, w, bias), "BTF")
 
-        if c.mlp == "swiglu":
-            h_BTF = jax.nn.silu(widen("gate")) * widen("in")
-        else:
-            h_BTF = jax.nn.gelu(widen("in"), approximate=True)
+        activation = ACTIVATIONS[c.mlp]
+        h_BTF = activation(widen("gate")) * widen("in") if c.gated else activation(widen("in"))
         w_FD = self.param(
             "w_out_FD", _normal("FD", INIT_SCALE * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
         )
@@ -138,20 +184,33 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: Any, position_BT: jax.Array, context: Context
+        self,
+        x_BTD: jax.Array,
+        cache: Any,
+        position_BT: jax.Array,
+        context: Context,
+        window: Any = None,
     ) -> tuple[jax.Array, Any]:
+        c = self.config
         # Residual dropout (section 4.3): on what each sublayer adds to the residual stream.
         drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
-        attended, cache = Attention(self.config, name="attention")(
-            Norm(self.config, name="attention_norm")(x_BTD), position_BT, context, cache
+
+        def norm(name: str, x_BTD: jax.Array) -> jax.Array:
+            return Norm(c, "D", c.width, name=name)(x_BTD)
+
+        def added(name: str, y_BTD: jax.Array) -> jax.Array:
+            return drop(norm(f"{name}_post_norm", y_BTD) if c.post_norms else y_BTD)
+
+        attended_BTD, cache = Attention(c, name="attention")(
+            norm("attention_norm", x_BTD), position_BT, context, cache, window
         )
-        x_BTD += drop(attended)
-        x_BTD += drop(Mlp(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x_BTD)))
-        return x_BTD, cache
+        after_BTD = x_BTD + added("attention", attended_BTD)
+        read_BTD = x_BTD if c.residual == "parallel" else after_BTD
+        return after_BTD + added("mlp", Mlp(c, name="mlp")(norm("mlp_norm", read_BTD))), cache
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer with pre-normalisation.
+    """A decoder-only transformer with pre-normalisation; its config says the rest.
 
     Attributes:
       config: its shape and family.
@@ -172,13 +231,13 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, 0),
                 length=c.layers,
                 metadata_params={nn.PARTITION_NAME: "L"},
             )(c, self.dropout)
         else:
             self.layers = [block(c, self.dropout) for _ in range(c.layers)]
-        self.final_norm = Norm(c)
+        self.final_norm = Norm(c, "D", c.width)
         if not c.tied:
             self.unembed_VD = self.param("unembed_VD", _normal("VD"), (c.vocab_size, c.width))
         self.value_gain = self.param("value_gain", _constant("", 1.0), ())
@@ -194,15 +253,21 @@ class Transformer(nn.Module):
         c = self.config
         # Looked up in a table sharded over D, XLA would rematerialise the whole table per device.
         x_BTD = constrain(self.embed_VD.astype(c.dtype), ("V", None))[tokens_BT]
+        if c.scaled_embedding:
+            x_BTD *= jnp.asarray(c.width**0.5, c.dtype)  # rounded to it, as Gemma was trained
         if c.positions == "learned":
             x_BTD += self.position_TD.astype(c.dtype)[position_BT]
         x_BTD = constrain(x_BTD, "BTD")
         if c.scan_layers:
-            x_BTD, caches = self.layers(x_BTD, caches, position_BT, context)
+            windows_L = jnp.array(c.windows, jnp.int32) if c.windows else None
+            x_BTD, caches = self.layers(x_BTD, caches, position_BT, context, windows_L)
         else:
             out = []
-            for layer, cache in zip(self.layers, caches or [None] * c.layers, strict=True):
-                x_BTD, cache = layer(x_BTD, cache, position_BT, context)
+            nothing = [None] * c.layers
+            for layer, cache, window in zip(
+                self.layers, caches or nothing, c.windows or nothing, strict=True
+            ):
+                x_BTD, cache = layer(x_BTD, cache, position_BT, context, window)
                 out.append(cache)
             caches = out
         return self.final_norm(x_BTD), caches
@@ -210,17 +275,22 @@ class Transformer(nn.Module):
     def _table(self) -> jax.Array:
         return self.embed_VD if self.config.tied else self.unembed_VD
 
+    def _capped(self, logits: jax.Array) -> jax.Array:
+        cap = self.config.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the language model, float32 [..., V]; ids that aren't text are never likely."""
         table_VD = self._table().astype(hidden.dtype)
         logits = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
         is_text_V = jnp.arange(self.config.vocab_size) < self.config.text_size
-        return jnp.where(is_text_V, logits, HIDDEN)
+        return jnp.where(is_text_V, self._capped(logits), HIDDEN)
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""
         row_D = self._table()[self.config.reserved_token]
-        return self.value_gain * (hidden.astype(jnp.float32) @ row_D) + self.value_bias
+        logit = self._capped(hidden.astype(jnp.float32) @ row_D)
+        return self.value_gain * logit + self.value_bias
 
 
 def _boxed_init(config: ModelConfig) -> Callable[[jax.Array], Params]:
