@@ -121,6 +121,9 @@ def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -
         wanted = SCHEMAS[kind]
         if columns is None and not table.schema.equals(wanted):
             raise ValueError(f"its columns are {table.schema.names}, not {wanted.names}")
+        # No checksum covers the footer, whose number of rows stands there twice.
+        if table.num_rows != pq.read_metadata(path).num_rows:
+            raise ValueError("its numbers of rows disagree")
         rows = table.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(
