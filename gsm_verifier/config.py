@@ -35,6 +35,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.top_p": (1e-6, 1.0),
     "verify.initial_value": (0.01, 0.99),
 }
+RANGES |= {
+    f"{stage}.{key}": (0.0, 0.9999)
+    for stage in ("pretrain", "finetune", "baseline", "verify")
+    for key in ("adam_beta1", "adam_beta2", "dropout")
+}
 AT_LEAST_ONE = (
     "model.width", "model.layers", "model.heads", "model.kv_heads", "model.head_size",
     "model.mlp_width", "model.max_length", "sample.completions", "sample.test_completions",
@@ -226,7 +231,8 @@ def _validate_one(key: str, value: Any, example: Any) -> None:
         if type(value) is not type(example):
             raise ValueError(f"config.{key}={value!r}: use a {type(example).__name__}")
         return
-    if not isinstance(value, (int, float)) or (isinstance(example, int) and value != int(value)):
+    whole = isinstance(example, int)
+    if not isinstance(value, (int, float)) or (whole and value % 1):  # also nan and inf: nan % 1
         raise ValueError(f"config.{key}={value!r}: use a {type(example).__name__}")
     low, high = RANGES.get(key, (int(key in AT_LEAST_ONE), math.inf))
     if not (low <= value <= high) or value in (math.inf, -math.inf):
