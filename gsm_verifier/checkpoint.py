@@ -4,7 +4,10 @@ Orbax restores a damaged array without a word, so every checkpoint carries a has
 doesn't depend on the mesh it was saved from.
 """
 
+import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+_COMMITTED = "_CHECKPOINT_METADATA"  # orbax itself takes any folder with a number for a checkpoint
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -47,19 +51,21 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 1):
         self._folder = Path(folder).absolute()
         self._quarantine()
-        self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        with _told(f"a checkpoint in {self._folder}"):
+            self._checkpointer = ocp.training.Checkpointer(
+                self._folder,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
 
     def _quarantine(self) -> None:
         """A step without its metadata would silently block every later save."""
         if not self._folder.is_dir():
             return
         for step in self._folder.iterdir():
-            if step.name.isdecimal() and not ocp.is_orbax_checkpoint(step):
-                step.rename(step.with_name(f"damaged-{step.name}"))
+            if step.name.isdecimal() and not (step / _COMMITTED).is_file():
+                names = (f"damaged-{step.name}" + f".{i}" * (i > 0) for i in itertools.count())
+                step.rename(next(p for n in names if not (p := step.with_name(n)).exists()))
 
     @property
     def latest(self) -> int | None:
@@ -92,22 +98,33 @@ class Checkpoints:
         if step is None:
             raise ValueError(f"{self._folder} holds no checkpoint: run the stage that makes it")
         where = f"checkpoint {self._folder}/{step}"
-        metadata = self._checkpointer.metadata(step)
+        with _told(where):
+            metadata = self._checkpointer.metadata(step)
+            custom = metadata.custom_metadata or {}
+            if metadata.metadata is None or not {"hashes", "meta"} <= custom.keys():
+                raise ValueError("its metadata is damaged")  # orbax leaves it out without a word
         _check_shapes(where, metadata.metadata, by_name(like))
-        try:
+        with _told(where):
             leaves = self._checkpointer.load(step, by_name(like))
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"{where} can't be restored: {cause}; remove it to go on") from error
-        saved, found = metadata.custom_metadata["hashes"], hashes(leaves)
+        saved, found = custom["hashes"], hashes(leaves)
         damaged = [name for name in found if found[name] != saved.get(name)]
         if damaged:
             raise ValueError(f"{where} is damaged in {', '.join(damaged)}: remove it to go on")
         tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[n] for n in by_name(like)])
-        return tree, metadata.custom_metadata["meta"]
+        return tree, custom["meta"]
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Whatever goes wrong in reading becomes one line that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{where} can't be restored: {cause}; remove it to go on") from error
 
 
 def _check_shapes(where: str, saved: dict[str, Any], like: dict[str, Any]) -> None:
