@@ -49,7 +49,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """
     devices = jax.device_count()
     sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = devices // -math.prod(sizes)
     if math.prod(sizes) != devices or min(sizes) < 1:
         raise ValueError(
