@@ -23,6 +23,7 @@ _STAGES = flags.DEFINE_list(
 
 
 def main(argv: list[str]) -> None:
+    """Set the devices up and hand over to the pipeline; an expected error is one line."""
     if argv[1:]:
         raise app.UsageError(f"unknown argument {argv[1]}")
     logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend

@@ -134,6 +134,7 @@ def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -
 
 
 def shard_path(folder: Path, index: int, count: int) -> Path:
+    """Where shard `index` of `count` is kept: its name tells how many belong together."""
     return folder / f"{index:05d}-of-{count:05d}.parquet"
 
 
@@ -153,4 +154,5 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_all(folder: Path, kind: type[Record]) -> list[Record]:
+    """The rows of all shards of a folder in order; refused as by `shards` and `read`."""
     return [row for path in shards(folder) for row in read(path, kind)]

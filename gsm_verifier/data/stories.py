@@ -85,6 +85,7 @@ def _price(value: Value) -> str:
 
 
 def divide(a: Value, b: Value) -> Value:
+    """The exact quotient, an int where it is whole."""
     quotient = Fraction(a) / b
     return int(quotient) if quotient.denominator == 1 else quotient
 
@@ -256,6 +257,7 @@ _HEAD = re.compile(r"(\$|\.)?([a-z]\w*)\s*(=|~<|~)\s*(.*)")
 
 
 def compile_schema(name: str, text: str) -> Schema:
+    """The schema a text of `gsm_verifier.data.schemas` writes down."""
     schema = Schema(name)
     current: list[Way] = []
     for line in _logical_lines(text):

@@ -105,6 +105,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: projections, positions, and the context that says who sees whom."""
+
     config: ModelConfig
 
     @nn.compact
@@ -156,6 +158,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The feed-forward sublayer, gated or not."""
+
     config: ModelConfig
 
     @nn.compact
@@ -179,6 +183,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to the residual stream."""
+
     config: ModelConfig
     dropout: float
 

@@ -93,6 +93,8 @@ class Trace(NamedTuple):
 
 
 def no_orders(P: int, C: int) -> Orders:
+    """Orders that change nothing, to be filled in by the host."""
+
     def zeros(dtype: type, *more: int) -> np.ndarray:
         return np.zeros((P, C, *more), dtype)
 

@@ -51,6 +51,7 @@ def plan(source_rows: int, options: Any, devices: int) -> Plan:
 
 
 def make_optimizer(options: Any, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a stage's training options, over `steps` steps."""
     return optimizer.make(
         options.learning_rate,
         steps,
