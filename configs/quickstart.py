@@ -13,10 +13,10 @@ from gsm_verifier.config import default
 def get_config(size: str = "") -> ConfigDict:
     config = default()
     config.data.update(source="synthetic", train_size=1000, heldout_fraction=0.05, test_size=300)
-    config.text.vocab_size = 1000
+    config.text.vocab_size = 1023
     config.model.update(
         family="llama",
-        layers=5,
+        layers=6,
         width=128,
         heads=4,
         kv_heads=1,
@@ -38,6 +38,7 @@ def get_config(size: str = "") -> ConfigDict:
     config.finetune.update(learning_rate=1e-3, warmup_steps=10, **shared)
     config.baseline.update(learning_rate=1e-3, warmup_steps=10, **shared)
     config.verify.update(learning_rate=1e-3, warmup_steps=20, branches=4, **shared)
+    config.mesh.cpu_devices = 2
     config.sample.update(
         completions=20,
         heldout_completions=10,
@@ -47,7 +48,10 @@ def get_config(size: str = "") -> ConfigDict:
         slots=10,
     )
     config.score.update(row_tokens=256, rows=32)
-    if size == "tiny":
+    if size == "pretrain":
+        config.data.train_size = 5000  # for the tokenizer only
+        config.pretrain.update(generated=200_000, epochs=1.0, eval_every=100)
+    elif size == "tiny":
         config.data.update(train_size=24, heldout_fraction=0.25, test_size=8)
         config.text.vocab_size = 400
         config.model.update(
@@ -75,5 +79,5 @@ def get_config(size: str = "") -> ConfigDict:
         config.score.row_tokens = 512
         config.records.shard_problems = 3
     elif size:
-        raise ValueError(f"configs/quickstart.py:{size}: use no size, or tiny")
+        raise ValueError(f"configs/quickstart.py:{size}: use no size, tiny or pretrain")
     return config

@@ -20,7 +20,7 @@ A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,7 @@ def spec(letters: Sequence[str | None]) -> PartitionSpec:
 
 
 def named(mesh: Mesh, letters: Sequence[str | None]) -> NamedSharding:
+    """Where on the mesh an array lives whose dimensions are named by letters."""
     return NamedSharding(mesh, spec(letters))
 
 
@@ -80,6 +81,26 @@ def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def local(
+    function: Callable[..., jax.Array], letters: Sequence[str], out: str, *arrays: jax.Array
+) -> jax.Array:
+    """`function` of each device's part of the arrays, whose dimensions are `letters`.
+
+    For work that is separate along every sharded dimension, such as a loop over rows, which the
+    partitioner would otherwise gather. Arrays the mesh can't divide are worked on whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or any(
+        size % math.prod(mesh.shape[axis] for axis in RULES[letter])
+        for x, names in zip(arrays, letters, strict=True)
+        for size, letter in zip(x.shape, names, strict=True)
+    )
+    if whole:
+        return function(*arrays)
+    specs = tuple(spec(names) for names in letters)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec(out))(*arrays)
 
 
 def _is_box(x: Any) -> bool:
