@@ -33,6 +33,10 @@ def main(argv: list[str]) -> None:
     try:
         if jax.config.jax_platforms in (None, "", "cpu"):
             jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        if not jax.config.jax_compilation_cache_dir:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         from gsm_verifier import pipeline
         from gsm_verifier.stages import STAGES
 

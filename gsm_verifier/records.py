@@ -6,8 +6,9 @@ under a temporary name, synced and renamed: a shard that exists is whole. Resumi
 the shards that exist.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,3 +157,27 @@ def shards(folder: Path) -> list[Path]:
 def read_all(folder: Path, kind: type[Record]) -> list[Record]:
     """The rows of all shards of a folder in order; refused as by `shards` and `read`."""
     return [row for path in shards(folder) for row in read(path, kind)]
+
+
+FOLDERS: dict[type, str] = {Completion: "samples", Label: "labels", Score: "scores"}
+
+
+def by_problem(
+    run: Path, split: str, *kinds: type[Any]
+) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    """(problem's id, its rows of all `kinds` side by side), with one shard in memory at a time.
+
+    Raises:
+      ValueError: a kind's shards don't hold the same rows as the first one's.
+    """
+    for path in shards(run / FOLDERS[kinds[0]] / split):
+        columns = [read(run / FOLDERS[kind] / split / path.name, kind) for kind in kinds]
+        keys = [[(row.problem, row.sample) for row in column] for column in columns]
+        if any(key != keys[0] for key in keys):
+            raise ValueError(
+                f"{path.name} of {' and '.join(FOLDERS[k] for k in kinds)} in {run}, {split}, hold "
+                "different rows: delete all but the samples and run their stages again"
+            )
+        rows = zip(*columns, strict=True)
+        for problem, group in itertools.groupby(rows, key=lambda row: row[0].problem):
+            yield problem, list(group)

@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from gsm_verifier import checkpoint, metrics, provenance, rank, records, sharding
 from gsm_verifier.config import leaves
+from gsm_verifier.data import documents, synthetic
 from gsm_verifier.data import problems as problems_io
-from gsm_verifier.data import synthetic
+from gsm_verifier.data.packing import Tree
 from gsm_verifier.model import config as model_config
-from gsm_verifier.model import transformer
+from gsm_verifier.model import hf, transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params
 from gsm_verifier.records import Completion, Label, Problem, Score
@@ -46,6 +47,7 @@ from gsm_verifier.train.batch import document_trees, finetuning_trees, verifier_
 from gsm_verifier.train.losses import Objective
 
 SYNTHETIC_SIZES = {"train": 2000, "test": 300}  # where the config leaves them at 0
+PACKAGED = Path(__file__).parent / "pretrained"  # models that come with the package
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,22 @@ class Run:
         return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
 
     @cached_property
+    def start(self) -> Path | None:
+        """The Hugging Face folder of the model to start from; None: start from scratch."""
+        name = self.config.model.pretrained
+        packaged = PACKAGED / name
+        return (packaged if packaged.is_dir() else hf.resolve(name)) if name else None
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "tokenizer.json")
 
     @cached_property
     def model(self) -> ModelConfig:
-        return model_config.from_keys(self.config.model, self.tokenizer.size)
+        keys = self.config.model
+        if self.start:
+            return hf.read_config(self.start).with_(dtype=keys.dtype, remat=keys.remat)
+        return model_config.from_keys(keys, self.tokenizer.size)
 
     def problems(self, split: str) -> list[Problem]:
         return problems_io.load(self.folder / "problems", split)
@@ -118,7 +130,8 @@ def prepare(run: Run) -> None:
         problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
     tokenizer = _tokenizer(run, splits["train"])
     tokenizer.save(run.folder / "tokenizer.json")
-    longest = max(len(run.question(p)) + len(run.solution(p)) for p in splits["train"])
+    trained_on = splits["train"] + splits["heldout"]
+    longest = max(len(run.question(p)) + len(run.solution(p)) for p in trained_on)
     row_tokens = min(run.config[s].row_tokens for s in ("finetune", "baseline", "verify"))
     if longest > min(row_tokens, run.config.model.max_length):
         raise ValueError(
@@ -128,35 +141,21 @@ def prepare(run: Run) -> None:
 
 
 def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
+    if run.start:
+        return Tokenizer.load(run.start / "tokenizer.json")
     if run.config.text.tokenizer:
         return Tokenizer.load(run.config.text.tokenizer)
-    documents = list(itertools.islice(_documents(run), 5000)) if _pretrains(run) else []
-    texts = [f"{p.question}\n{p.solution}" for p in train] + documents
+    more = list(itertools.islice(_documents(run), 5000)) if run.config.pretrain.epochs else []
+    texts = [f"{p.question}\n{p.solution}" for p in train] + more
     return Tokenizer.train(texts, run.config.text.vocab_size)
 
 
-def _pretrains(run: Run) -> bool:
-    return run.config.pretrain.epochs > 0
-
-
 def _documents(run: Run) -> Iterator[str]:
-    """The texts of pretraining, from a file or generated."""
-    path = run.config.pretrain.documents
-    if not path:
-        data = run.config.data
-        yield from synthetic.documents(run.config.pretrain.generated, data.seed, data.difficulty)
-        return
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if path.endswith(".jsonl"):
-                try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f'{path}, line {number}: not an object with a key "text" ({error})'
-                    ) from error
-            elif line.strip():
-                yield line.rstrip("\n")
+    """The texts of pretraining."""
+    options, data = run.config.pretrain, run.config.data
+    if options.documents:
+        return documents.read(options.documents)
+    return synthetic.documents(options.generated, data.seed, data.difficulty)
 
 
 def _fit(
@@ -195,13 +194,16 @@ def _save(run: Run, name: str, params: Params) -> None:
 
 def pretrain(run: Run) -> None:
     """The language model finetuning starts from; with dropout, section 4.3's extra pretraining."""
-    params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
-    if not _pretrains(run):
+    if run.start:
+        params = hf.load(run.start, run.mesh)[1]
+    else:
+        params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
+    if not run.config.pretrain.epochs:
         _save(run, "pretrained", params)
         return
     end = run.tokenizer.end
-    documents = [[end, *ids, end] for ids in run.tokenizer.encode_batch(list(_documents(run)))]
-    trees = document_trees(documents, run.config.pretrain.row_tokens)
+    texts = [[end, *ids, end] for ids in run.tokenizer.encode_batch(list(_documents(run)))]
+    trees = document_trees(texts, run.config.pretrain.row_tokens)
     aside = max(1, len(trees) // 100)
     _fit(
         run,
@@ -316,15 +318,13 @@ def verify(run: Run) -> None:
     """Train the verifier on labelled completions (section 4.2)."""
     options = run.config.verify
 
-    def trees(split: str) -> list[Any]:
+    def trees(split: str) -> list[Tree]:
         problems = {p.id: p for p in run.problems(split)}
-        folder = run.folder / "samples" / split
-        completions = records.read_all(folder, Completion) if folder.is_dir() else []
-        labels = records.read_all(run.folder / "labels" / split, Label) if completions else []
-        pairs = zip(completions, labels, strict=True)
-        made = []
-        for problem, group in itertools.groupby(pairs, key=lambda pair: pair[0].problem):
-            chosen = list(group)[: options.completions or None]
+        made: list[Tree] = []
+        if not (run.folder / "samples" / split).is_dir():
+            return made
+        for problem, rows in records.by_problem(run.folder, split, Completion, Label):
+            chosen = rows[: options.completions or None]
             made += verifier_trees(
                 run.question(problems[problem]),
                 run.solution(problems[problem]),
@@ -404,25 +404,13 @@ def rank_(run: Run) -> None:
     test = run.problems("test")
     for split in ("test", "greedy"):
         _label(run, split, test)
-    groups: dict[str, list[tuple[Any, ...]]] = {p.id: [] for p in test}
-    for path in records.shards(run.folder / "samples/test"):
-        rows = zip(
-            records.read(path, Completion, ["problem", "logprob", "tokens"]),
-            records.read(run.folder / "labels/test" / path.name, Label),
-            records.read(run.folder / "scores/test" / path.name, Score, ["score"]),
-            strict=True,
-        )
-        for completion, label, scored in rows:
-            groups[label.problem].append(
-                (
-                    label.answer,
-                    label.correct,
-                    scored["score"],
-                    completion["logprob"],
-                    len(completion["tokens"]),
-                )
-            )
-    columns = [[list(column) for column in zip(*rows, strict=True)] for rows in groups.values()]
+    columns = []
+    for _, rows in records.by_problem(run.folder, "test", Completion, Label, Score):
+        made = [
+            (label.answer, label.correct, scored.score, completion.logprob, len(completion.tokens))
+            for completion, label, scored in rows
+        ]
+        columns.append([list(column) for column in zip(*made, strict=True)])
     found, correct, score, logprob, length = (list(c) for c in zip(*columns, strict=True))
     candidates = rank.Candidates.from_lists(
         found, correct, score=score, logprob=logprob, length=length
@@ -479,44 +467,29 @@ def report(run: Run) -> None:
 def _browsed(run: Run) -> list[page.BrowsedProblem]:
     options = run.config.report
     test = {p.id: p for p in run.problems("test")[: options.problems]}
-    folders = [
-        (run.folder / f, kind)
-        for f, kind in (
-            ("samples/test", Completion),
-            ("labels/test", Label),
-            ("scores/test", Score),
-        )
-    ]
-    greedy_rows = zip(
-        records.read_all(run.folder / "samples/greedy", Completion),
-        records.read_all(run.folder / "labels/greedy", Label),
-        strict=True,
-    )
-    greedy = {c.problem: _browse(run, c, label, None) for c, label in greedy_rows}
+    greedy = {
+        problem: _browse(run, *rows[0], None)
+        for problem, rows in records.by_problem(run.folder, "greedy", Completion, Label)
+    }
     browsed = []
-    for path in records.shards(folders[0][0]):
+    for problem, rows in records.by_problem(run.folder, "test", Completion, Label, Score):
         if len(browsed) == len(test):
             break
-        rows = zip(
-            *(records.read(folder / path.name, kind) for folder, kind in folders), strict=True
-        )
-        for problem, group in itertools.groupby(rows, key=lambda row: row[0].problem):
-            if problem not in test:
-                continue
-            group = sorted(group, key=lambda row: -row[2].score)
-            shown = [_browse(run, *row) for row in group[: options.completions]]
-            browsed.append(
-                page.BrowsedProblem(
-                    id=problem,
-                    question=test[problem].question,
-                    gold_solution=test[problem].solution,
-                    gold_answer=answers.extract(test[problem].solution) or "",
-                    completions=shown,
-                    greedy=greedy.get(problem),
-                    total=len(group),
-                    total_correct=sum(label.correct for _, label, _ in group),
-                )
+        if problem not in test:
+            continue
+        rows = sorted(rows, key=lambda row: -row[2].score)
+        browsed.append(
+            page.BrowsedProblem(
+                id=problem,
+                question=test[problem].question,
+                gold_solution=test[problem].solution,
+                gold_answer=answers.extract(test[problem].solution) or "",
+                completions=[_browse(run, *row) for row in rows[: options.completions]],
+                greedy=greedy.get(problem),
+                total=len(rows),
+                total_correct=sum(label.correct for _, label, _ in rows),
             )
+        )
     return browsed
 
 

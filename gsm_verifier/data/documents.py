@@ -1,0 +1,73 @@
+"""Documents to pretrain on: a text, JSON lines or parquet file, or a dataset of TFDS."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KEY = "text"  # of a JSON line, a parquet column and a TFDS feature
+TFDS = "tfds:"
+
+
+def read(source: str) -> Iterator[str]:
+    """The documents of a source, in its order, one in memory at a time.
+
+    Args:
+      source: path of a .txt (one document a line), .jsonl (key "text") or .parquet (column "text")
+        file; or "tfds:<name>", the split "train" of a dataset that is already prepared there.
+
+    Raises:
+      ValueError: no such source, or what isn't a document; names file, line and the mend.
+    """
+    if source.startswith(TFDS):
+        return _tfds(source.removeprefix(TFDS))
+    path = Path(source)
+    readers = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"{source}: documents are .txt, .jsonl or .parquet files, or tfds:<name>")
+    if not path.is_file():
+        raise ValueError(f"{source}: no such file of documents")
+    return readers[path.suffix](path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.strip():
+                yield line.rstrip("\n")
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            text = json.loads(line)[KEY]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f'{path}, line {number}: write {{"{KEY}": "..."}}') from error
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: "{KEY}" is no string: quote it')
+        yield text
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(columns=[KEY]):
+            yield from (text for text in batch.column(KEY).to_pylist() if text)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise ValueError(f'{path}: no parquet file with a column "{KEY}": {error}') from error
+
+
+def _tfds(name: str) -> Iterator[str]:
+    import tensorflow_datasets as tfds  # takes a second to import
+
+    try:
+        rows = tfds.data_source(name, split="train", download=False)
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"{TFDS}{name} can't be read ({error}): prepare it first, in the file format "
+            "array_record: tfds build --file_format=array_record"
+        ) from error
+    for row in rows:
+        text = row[KEY]
+        yield text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
