@@ -16,12 +16,14 @@ class Metrics:
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
             self._board = SummaryWriter(str(folder / "tensorboard" / stage))
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`: the run goes on from there."""
         if not self._enabled:
             return
         rows = [row for row in read(self.path) if row["step"] <= step]
+        self._file.close()
         self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         for row in rows:
             self._file.write(json.dumps(row) + "\n")

@@ -93,8 +93,8 @@ def _refuse_change(config: ConfigDict, folder: Path, stage: str) -> None:
         if not path.exists():
             continue
         try:
-            made = json.loads(path.read_bytes())["keys"]
-        except (ValueError, KeyError) as error:
+            made = dict(json.loads(path.read_bytes())["keys"])
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: delete it to run its stage again") from error
         wanted = json.loads(json.dumps(keys_read(stage, config)))
         changed = [k for k in {**made, **wanted} if made.get(k) != wanted.get(k)]

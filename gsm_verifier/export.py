@@ -1,0 +1,56 @@
+"""Write a trained stage as a Hugging Face folder, for transformers, vLLM, lm-eval and others.
+
+    python -m gsm_verifier.export --run=runs/quickstart --model=generator --to=<folder>
+
+A verifier's folder also holds `verifier.json`, which says how its value is read from the logits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+_RUN = flags.DEFINE_string("run", None, "Work directory of a run.")
+_MODEL = flags.DEFINE_enum(
+    "model", "generator", ["pretrained", "generator", "baseline", "verifier"], "Which of its models."
+)
+_TO = flags.DEFINE_string("to", None, "Folder to write.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights on disk."
+)
+
+
+def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
+    """Write model `name` of a run's folder to `to`.
+
+    Raises:
+      ValueError: not a run's folder, or a stage that hasn't run.
+    """
+    from gsm_verifier.model import hf
+    from gsm_verifier.stages import Run
+
+    path = run_folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run_folder} is no run's work directory: it has no config.json")
+    run = Run(ConfigDict(json.loads(path.read_bytes())), run_folder)
+    squash = run.config.verify.squash if name == "verifier" else None
+    hf.save(to, run.model, run.params(name), run.tokenizer, squash=squash, dtype=dtype)
+
+
+def main(argv: list[str]) -> None:
+    """The command; an expected error is one line."""
+    if argv[1:]:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        export(Path(_RUN.value), _MODEL.value, Path(_TO.value), _DTYPE.value)
+    except ValueError as error:
+        sys.exit(f"gsm_verifier: {error}")
+    print(f"wrote {_TO.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["run", "to"])
+    app.run(main)
