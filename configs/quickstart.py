@@ -50,7 +50,7 @@ def get_config(size: str = "") -> ConfigDict:
     config.score.update(row_tokens=256, rows=32)
     if size == "pretrain":
         config.data.train_size = 5000  # for the tokenizer only
-        config.pretrain.update(generated=200_000, epochs=1.0, eval_every=100)
+        config.pretrain.update(generated=80_000, epochs=1.0)
     elif size == "tiny":
         config.data.update(train_size=24, heldout_fraction=0.25, test_size=8)
         config.text.vocab_size = 400

@@ -160,6 +160,7 @@ def default() -> ConfigDict:
         level="token",  # "token" | "solution" (figure 6a)
         objective="joint",  # "joint" with the language model | "verifier_only" (figure 6b)
         mix="weighted",  # language data: "paper", copies of gold | "weighted", the same for less
+        run="",  # work directory of the run whose model it starts from (figure 6c); "": this one
         init="generator",  # "generator" | "pretrained" (appendix E)
         loss="mse",  # "mse" | "bce"
         squash="none",  # of the head's output: "none" | "sigmoid"; open

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 _RUN = flags.DEFINE_string("run", None, "Work directory of a run.")
 _MODEL = flags.DEFINE_enum(
-    "model", "generator", ["pretrained", "generator", "baseline", "verifier"], "Which of its models."
+    "model", "generator", ["pretrained", "generator", "baseline", "verifier"], "Which model."
 )
 _TO = flags.DEFINE_string("to", None, "Folder to write.")
 _DTYPE = flags.DEFINE_enum(
@@ -36,7 +36,8 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
         raise ValueError(f"{run_folder} is no run's work directory: it has no config.json")
     run = Run(ConfigDict(json.loads(path.read_bytes())), run_folder)
     squash = run.config.verify.squash if name == "verifier" else None
-    hf.save(to, run.model, run.params(name), run.tokenizer, squash=squash, dtype=dtype)
+    model = run.judge.model if name == "verifier" else run.model
+    hf.save(to, model, run.params(name), run.tokenizer, squash=squash, dtype=dtype)
 
 
 def main(argv: list[str]) -> None:

@@ -89,10 +89,26 @@ class Run:
     def solution(self, problem: Problem) -> list[int]:
         return [*self.tokenizer.encode(problem.solution), self.tokenizer.end]
 
+    @cached_property
+    def judge(self) -> "Run":
+        """The run whose model the verifier is made of: this one, or one of another size."""
+        if not self.config.verify.run:
+            return self
+        folder = Path(self.config.verify.run)
+        try:
+            keys = json.loads((folder / "config.json").read_bytes())
+            same = (folder / "tokenizer.json").read_bytes()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config.verify.run={folder} is no finished run: {error}") from error
+        if same != (self.folder / "tokenizer.json").read_bytes():
+            raise ValueError(f"config.verify.run={folder} has another tokenizer than {self.folder}")
+        return Run(ConfigDict(keys | {"mesh": self.config.mesh.to_dict()}), folder)
+
     def params(self, name: str) -> Params:
         """The parameters a training stage left in folder `name`."""
+        model = self.judge.model if name == "verifier" else self.model
         like = checkpoint.abstract(
-            transformer.shapes(self.model), transformer.shardings(self.model, self.mesh)
+            transformer.shapes(model), transformer.shardings(model, self.mesh)
         )
         store = checkpoint.Checkpoints(self.folder / name)
         try:
@@ -163,14 +179,15 @@ def _fit(
     name: str,
     *,
     stage: str,
+    model: ModelConfig,
     params: Params,
-    trees: Any,
-    held_out: Any,
+    trees: Sequence[Tree],
+    held_out: Sequence[Tree],
     objective: Objective | None = None,
 ) -> None:
     log = metrics.Metrics(run.folder / "metrics", name, enabled=jax.process_index() == 0)
     params = loop.fit(
-        model=run.model,
+        model=model,
         params=params,
         trees=trees,
         held_out=held_out,
@@ -183,12 +200,12 @@ def _fit(
         log=log,
     )
     log.close()
-    _save(run, name, params)
+    _save(run, name, model, params)
 
 
-def _save(run: Run, name: str, params: Params) -> None:
+def _save(run: Run, name: str, model: ModelConfig, params: Params) -> None:
     store = checkpoint.Checkpoints(run.folder / name)
-    store.save(0, params, {"model": vars(run.model)})
+    store.save(0, params, {"model": vars(model)})
     store.close()
 
 
@@ -199,7 +216,7 @@ def pretrain(run: Run) -> None:
     else:
         params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
     if not run.config.pretrain.epochs:
-        _save(run, "pretrained", params)
+        _save(run, "pretrained", run.model, params)
         return
     end = run.tokenizer.end
     texts = [[end, *ids, end] for ids in run.tokenizer.encode_batch(list(_documents(run)))]
@@ -209,6 +226,7 @@ def pretrain(run: Run) -> None:
         run,
         "pretrained",
         stage="pretrain",
+        model=run.model,
         params=params,
         trees=trees[aside:],
         held_out=trees[:aside],
@@ -235,6 +253,7 @@ def finetune(run: Run) -> None:
                 run,
                 name,
                 stage=stage,
+                model=run.model,
                 params=run.params("pretrained"),
                 trees=trees,
                 held_out=held_out,
@@ -250,12 +269,12 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
     todo = [i for i in range(count) if not records.shard_path(folder, i, count).exists()]
     left = {i: len(problems[i * size : (i + 1) * size]) * n for i in todo}
     found: dict[int, list[Completion]] = {i: [] for i in todo}
-    requests = [
-        Request(p.id, run.question(p), range(n)) for p in problems if shard_of[p.id] in left
-    ]
+    prompts = {p.id: run.question(p) for p in problems}
+    longest = max(len(prompt) for prompt in prompts.values())
+    requests = [Request(p.id, prompts[p.id], range(n)) for p in problems if shard_of[p.id] in left]
     total = sum(left.values())
     with tqdm(total=total, desc=f"sample {folder.name}", unit="completion", mininterval=1) as bar:
-        for completion in engine.run(requests):
+        for completion in engine.run(requests, longest):
             shard = shard_of[completion.problem]
             found[shard].append(completion)
             bar.update()
@@ -338,14 +357,15 @@ def verify(run: Run) -> None:
             )
         return made
 
-    params = transformer.neutral_head(
-        run.model, run.params(options.init), _raw(options.initial_value, options.squash)
-    )
+    judge = run.judge
+    initial = _raw(options.initial_value, options.squash)
+    params = transformer.neutral_head(judge.model, judge.params(options.init), initial)
     objective = Objective(options.loss, options.squash)
     _fit(
         run,
         "verifier",
         stage="verify",
+        model=judge.model,
         params=params,
         trees=trees("train"),
         held_out=trees("heldout"),
@@ -367,7 +387,7 @@ def score(run: Run) -> None:
     baseline = "baseline" if run.config.baseline.epochs > 0 else "generator"
     _sample(run, _engine(run, baseline, temperature=0.0), samples / "greedy", test, 1)
     scorer = Scorer(
-        run.model,
+        run.judge.model,
         run.params("verifier"),
         run.mesh,
         squash=run.config.verify.squash,
