@@ -162,9 +162,9 @@ def engine_of(
     )
 
 
-def collect(engine: Engine, requests: Iterable[Request]) -> Completions:
+def collect(engine: Engine, requests: Iterable[Request], longest: int = 0) -> Completions:
     """Completions by (problem, sample), each once."""
-    found = list(engine.run(requests))
+    found = list(engine.run(requests, longest))
     by_key = {(c.problem, c.sample): c for c in found}
     assert len(by_key) == len(found)
     return by_key
@@ -282,6 +282,10 @@ def test_a_completion_does_not_depend_on_order_company_or_resumption(
     for key, completion in found.items():
         if key[0] != "other":  # bit for bit: the shapes are the same
             assert completion == reference[key]
+    # Also without the longest prompt, if only its room is kept.
+    short = {name: prompts[name] for name in ("p0", "p1")}
+    found_short = collect(engine, requests_of(short, range(10)), len(prompts["p3"]))
+    assert found_short == {key: c for key, c in reference.items() if key[0] in short}
     # The same prompt under another name is another problem, with draws of its own.
     assert [found["other", m].tokens for m in range(3)] != [
         reference["p0", m].tokens for m in range(3)

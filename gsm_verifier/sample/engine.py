@@ -95,8 +95,12 @@ class Engine:
     def useful(self) -> float:
         return self._used / max(self._steps * self._P * self._C, 1)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def run(self, requests: Iterable[Request], longest: int = 0) -> Iterator[Completion]:
         """Completions in the order in which they finish.
+
+        Args:
+          longest: at least so long a prompt is allowed for. With the longest of all problems, what
+            is sampled of a part of them is bit for bit the same.
 
         Raises:
           ValueError: a prompt that leaves no room for max_tokens in the model's max_length.
@@ -104,7 +108,7 @@ class Engine:
         queue = sorted(requests, key=lambda r: -len(r.samples))
         if not queue:
             return
-        longest = max(len(r.prompt) for r in queue)
+        longest = max(longest, *(len(r.prompt) for r in queue))
         if longest + self._sampling.max_tokens > self._config.max_length:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_tokens={self._sampling.max_tokens} exceed "
