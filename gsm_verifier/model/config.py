@@ -119,7 +119,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": dict(**_LLAMA, qkv_biases=True),
     "qwen3": dict(**_LLAMA, qk_norm=True),
     "gemma2": dict(**_GEMMA, attention_cap=50.0, logit_cap=30.0),
-    "gemma3": dict(**_GEMMA, qk_norm=True),
+    "gemma3": dict(**_GEMMA, qk_norm=True, window_theta=10_000.0),
 }
 
 

@@ -4,9 +4,9 @@
     config, params = load(folder, mesh)
     save(folder, config, params, tokenizer)                        # transformers reads it
 
-A family is a table: the names of its settings, and of its tensors with their layout. What a
-directory holds and what its family's table says must be the same, both ways: a setting, tensor or
-shape that isn't understood is an error, never a model that is quietly another one.
+A family is a table in `model.formats`: the names of its settings, and of its tensors with their
+layout. What a directory holds and what its table says must be the same, both ways: a setting,
+tensor or shape that isn't understood is an error, never a model that is quietly another one.
 
 A verifier is its generator's directory with one more row in the tables, the reserved token's, and
 a `verifier.json`, which says how to compute its value from the logits.
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,316 +36,29 @@ from gsm_verifier import records, sharding
 from gsm_verifier.checkpoint import by_name
 from gsm_verifier.model import transformer
 from gsm_verifier.model.config import FAMILIES, ModelConfig
+from gsm_verifier.model.formats import BUFFERS, FORMATS, INERT, REQUIRED, Format
 from gsm_verifier.model.transformer import Params
 from gsm_verifier.text.tokenizer import Tokenizer
 
-CONFIG, WEIGHTS, TOKENIZER, VERIFIER = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "verifier.json",
-)
-INDEX = WEIGHTS + ".index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+VERIFIER = "verifier.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LENGTH = "original_max_position_embeddings"
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
+}
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 READING = (
     "In the logits of the position after a token, value = gain * logits[token_id] + bias; with "
     'squash "sigmoid" its logistic function. A solution is scored by the value after its last '
     "token, the end-of-text token. token_id is never text: don't sample it."
 )
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a family is written.
-
-    Attributes:
-      family: its words, in `gsm_verifier.model.config.FAMILIES`.
-      architecture: the class of transformers that reads it.
-      defaults: every setting that is understood, with what its absence means.
-      keys: setting of each field of ModelConfig.
-      words: settings that choose a word: our field, and our word for each of their values.
-      fixed: settings for which the transformer has one value.
-      base: prefix of the tensors' names, which some checkpoints leave out.
-      tensors: name and layout of each of our parameters; `*` is the number of the layer. Layouts
-        are in our letters, merged dimensions in one word; a digit is an index into three.
-    """
-
-    family: str
-    architecture: str
-    defaults: Mapping[str, Any]
-    keys: Mapping[str, str]
-    words: Mapping[str, tuple[str, Mapping[Any, str]]]
-    fixed: Mapping[str, Any]
-    base: str
-    tensors: Mapping[str, tuple[str, str]]
-
-
-REQUIRED = object()  # a setting without a default
-
-PLAIN = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
-GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
-
-_SIZES = {
-    "text_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "max_length": "max_position_embeddings",
-    "tied": "tie_word_embeddings",
-    "rope_theta": "rope_theta",
-}
-_LLAMA_KEYS = {
-    **_SIZES,
-    "kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "norm_eps": "rms_norm_eps",
-}
-_ROPE = {"rope_theta": 10_000.0, "rope_parameters": None, "rope_scaling": None}
-_LLAMA_DEFAULTS = {
-    **dict.fromkeys(_LLAMA_KEYS.values(), REQUIRED),
-    **_ROPE,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "attention_bias": False,
-}
-_QWEN_DEFAULTS = {
-    **_LLAMA_DEFAULTS,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "max_window_layers": 0,
-    "layer_types": None,
-}
-_GEMMA_DEFAULTS = {
-    **_LLAMA_DEFAULTS,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "tie_word_embeddings": True,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "use_bidirectional_attention": False,
-    "sliding_window": 4096,
-    "layer_types": None,
-}
-del _GEMMA_DEFAULTS["hidden_act"]
-_GEMMA_KEYS = {**_LLAMA_KEYS, "logit_cap": "final_logit_softcapping"}
-
-_LLAMA_TENSORS = {
-    "embed_VD": ("model.embed_tokens.weight", "V D"),
-    "layers.attention_norm.scale_D": ("model.layers.*.input_layernorm.weight", "D"),
-    "layers.attention.wq_DNH": ("model.layers.*.self_attn.q_proj.weight", "NH D"),
-    "layers.attention.wk_DKH": ("model.layers.*.self_attn.k_proj.weight", "KH D"),
-    "layers.attention.wv_DKH": ("model.layers.*.self_attn.v_proj.weight", "KH D"),
-    "layers.attention.bq_NH": ("model.layers.*.self_attn.q_proj.bias", "NH"),
-    "layers.attention.bk_KH": ("model.layers.*.self_attn.k_proj.bias", "KH"),
-    "layers.attention.bv_KH": ("model.layers.*.self_attn.v_proj.bias", "KH"),
-    "layers.attention.q_norm.scale_H": ("model.layers.*.self_attn.q_norm.weight", "H"),
-    "layers.attention.k_norm.scale_H": ("model.layers.*.self_attn.k_norm.weight", "H"),
-    "layers.attention.wo_NHD": ("model.layers.*.self_attn.o_proj.weight", "D NH"),
-    "layers.mlp_norm.scale_D": ("model.layers.*.post_attention_layernorm.weight", "D"),
-    "layers.mlp.w_gate_DF": ("model.layers.*.mlp.gate_proj.weight", "F D"),
-    "layers.mlp.w_in_DF": ("model.layers.*.mlp.up_proj.weight", "F D"),
-    "layers.mlp.w_out_FD": ("model.layers.*.mlp.down_proj.weight", "D F"),
-    "final_norm.scale_D": ("model.norm.weight", "D"),
-    "unembed_VD": ("lm_head.weight", "V D"),
-}
-_GEMMA_TENSORS = {
-    **_LLAMA_TENSORS,
-    "layers.attention_post_norm.scale_D": ("model.layers.*.post_attention_layernorm.weight", "D"),
-    "layers.mlp_norm.scale_D": ("model.layers.*.pre_feedforward_layernorm.weight", "D"),
-    "layers.mlp_post_norm.scale_D": ("model.layers.*.post_feedforward_layernorm.weight", "D"),
-}
-_GPT2_TENSORS = {
-    "embed_VD": ("transformer.wte.weight", "V D"),
-    "position_TD": ("transformer.wpe.weight", "T D"),
-    "layers.attention_norm.scale_D": ("transformer.h.*.ln_1.weight", "D"),
-    "layers.attention_norm.bias_D": ("transformer.h.*.ln_1.bias", "D"),
-    "layers.attention.wq_DNH": ("transformer.h.*.attn.c_attn.weight", "D 0NH"),
-    "layers.attention.wk_DKH": ("transformer.h.*.attn.c_attn.weight", "D 1KH"),
-    "layers.attention.wv_DKH": ("transformer.h.*.attn.c_attn.weight", "D 2KH"),
-    "layers.attention.bq_NH": ("transformer.h.*.attn.c_attn.bias", "0NH"),
-    "layers.attention.bk_KH": ("transformer.h.*.attn.c_attn.bias", "1KH"),
-    "layers.attention.bv_KH": ("transformer.h.*.attn.c_attn.bias", "2KH"),
-    "layers.attention.wo_NHD": ("transformer.h.*.attn.c_proj.weight", "NH D"),
-    "layers.attention.bo_D": ("transformer.h.*.attn.c_proj.bias", "D"),
-    "layers.mlp_norm.scale_D": ("transformer.h.*.ln_2.weight", "D"),
-    "layers.mlp_norm.bias_D": ("transformer.h.*.ln_2.bias", "D"),
-    "layers.mlp.w_in_DF": ("transformer.h.*.mlp.c_fc.weight", "D F"),
-    "layers.mlp.b_in_F": ("transformer.h.*.mlp.c_fc.bias", "F"),
-    "layers.mlp.w_out_FD": ("transformer.h.*.mlp.c_proj.weight", "F D"),
-    "layers.mlp.b_out_D": ("transformer.h.*.mlp.c_proj.bias", "D"),
-    "final_norm.scale_D": ("transformer.ln_f.weight", "D"),
-    "final_norm.bias_D": ("transformer.ln_f.bias", "D"),
-    "unembed_VD": ("lm_head.weight", "V D"),
-}
-_NEOX_TENSORS = {
-    "embed_VD": ("gpt_neox.embed_in.weight", "V D"),
-    "layers.attention_norm.scale_D": ("gpt_neox.layers.*.input_layernorm.weight", "D"),
-    "layers.attention_norm.bias_D": ("gpt_neox.layers.*.input_layernorm.bias", "D"),
-    "layers.attention.wq_DNH": ("gpt_neox.layers.*.attention.query_key_value.weight", "N0H D"),
-    "layers.attention.wk_DKH": ("gpt_neox.layers.*.attention.query_key_value.weight", "K1H D"),
-    "layers.attention.wv_DKH": ("gpt_neox.layers.*.attention.query_key_value.weight", "K2H D"),
-    "layers.attention.bq_NH": ("gpt_neox.layers.*.attention.query_key_value.bias", "N0H"),
-    "layers.attention.bk_KH": ("gpt_neox.layers.*.attention.query_key_value.bias", "K1H"),
-    "layers.attention.bv_KH": ("gpt_neox.layers.*.attention.query_key_value.bias", "K2H"),
-    "layers.attention.wo_NHD": ("gpt_neox.layers.*.attention.dense.weight", "D NH"),
-    "layers.attention.bo_D": ("gpt_neox.layers.*.attention.dense.bias", "D"),
-    "layers.mlp_norm.scale_D": ("gpt_neox.layers.*.post_attention_layernorm.weight", "D"),
-    "layers.mlp_norm.bias_D": ("gpt_neox.layers.*.post_attention_layernorm.bias", "D"),
-    "layers.mlp.w_in_DF": ("gpt_neox.layers.*.mlp.dense_h_to_4h.weight", "F D"),
-    "layers.mlp.b_in_F": ("gpt_neox.layers.*.mlp.dense_h_to_4h.bias", "F"),
-    "layers.mlp.w_out_FD": ("gpt_neox.layers.*.mlp.dense_4h_to_h.weight", "D F"),
-    "layers.mlp.b_out_D": ("gpt_neox.layers.*.mlp.dense_4h_to_h.bias", "D"),
-    "final_norm.scale_D": ("gpt_neox.final_layer_norm.weight", "D"),
-    "final_norm.bias_D": ("gpt_neox.final_layer_norm.bias", "D"),
-    "unembed_VD": ("embed_out.weight", "V D"),
-}
-
-_LLAMA = Format(
-    family="llama",
-    architecture="LlamaForCausalLM",
-    defaults={**_LLAMA_DEFAULTS, "mlp_bias": False},
-    keys=_LLAMA_KEYS,
-    words={"hidden_act": ("mlp", GATED)},
-    fixed={"attention_bias": False, "mlp_bias": False},
-    base="model.",
-    tensors=_LLAMA_TENSORS,
-)
-_GEMMA = Format(
-    family="gemma2",
-    architecture="Gemma2ForCausalLM",
-    defaults={
-        **_GEMMA_DEFAULTS,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-        "sliding_window_pattern": 2,
-    },
-    keys={**_GEMMA_KEYS, "attention_cap": "attn_logit_softcapping"},
-    words={"hidden_activation": ("mlp", GATED)},
-    fixed={"attention_bias": False, "use_bidirectional_attention": False},
-    base="model.",
-    tensors=_GEMMA_TENSORS,
-)
-_like = dataclasses.replace
-
-# By the "model_type" of a config.json.
-FORMATS: dict[str, Format] = {
-    "gpt2": Format(
-        family="gpt3",
-        architecture="GPT2LMHeadModel",
-        defaults={
-            **dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head"), REQUIRED),
-            "n_positions": 1024,
-            "n_inner": None,
-            "layer_norm_epsilon": 1e-5,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": True,
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        keys={
-            "text_size": "vocab_size",
-            "width": "n_embd",
-            "layers": "n_layer",
-            "heads": "n_head",
-            "mlp_width": "n_inner",
-            "max_length": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "tied": "tie_word_embeddings",
-        },
-        words={"activation_function": ("mlp", PLAIN)},
-        fixed={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        base="transformer.",
-        tensors=_GPT2_TENSORS,
-    ),
-    "gpt_neox": Format(
-        family="gpt_neox",
-        architecture="GPTNeoXForCausalLM",
-        defaults={
-            **dict.fromkeys(_SIZES.values(), REQUIRED),
-            "rotary_emb_base": 10_000.0,
-            "rotary_pct": 0.25,
-            "rope_parameters": None,
-            "rope_scaling": None,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "gelu",
-            "tie_word_embeddings": False,
-            "use_parallel_residual": True,
-            "attention_bias": True,
-        },
-        keys={
-            **_SIZES,
-            "norm_eps": "layer_norm_eps",
-            "rope_theta": "rotary_emb_base",
-            "rope_fraction": "rotary_pct",
-        },
-        words={
-            "hidden_act": ("mlp", PLAIN),
-            "use_parallel_residual": ("residual", {True: "parallel", False: "serial"}),
-        },
-        fixed={"attention_bias": True},
-        base="gpt_neox.",
-        tensors=_NEOX_TENSORS,
-    ),
-    "llama": _LLAMA,
-    "qwen2": _like(
-        _LLAMA,
-        family="qwen2",
-        architecture="Qwen2ForCausalLM",
-        defaults={k: v for k, v in _QWEN_DEFAULTS.items() if k != "attention_bias"},
-        fixed={},
-    ),
-    "qwen3": _like(
-        _LLAMA,
-        family="qwen3",
-        architecture="Qwen3ForCausalLM",
-        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
-        fixed={"attention_bias": False},
-    ),
-    "gemma2": _GEMMA,
-    "gemma3_text": _like(
-        _GEMMA,
-        family="gemma3",
-        architecture="Gemma3ForCausalLM",
-        defaults={
-            **_GEMMA_DEFAULTS,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 10_000.0,
-            "sliding_window_pattern": 6,
-        },
-        keys={**_GEMMA_KEYS, "window_theta": "rope_local_base_freq"},
-        fixed={**_GEMMA.fixed, "attn_logit_softcapping": None},
-    ),
-}
-
-# Settings that don't change the logits.
-INERT = frozenset(
-    re.findall(
-        r"\S+",
-        """architectures model_type transformers_version torch_dtype dtype use_cache
-        _name_or_path bos_token_id eos_token_id pad_token_id unk_token_id
-        initializer_range attention_dropout hidden_dropout classifier_dropout
-        attn_pdrop embd_pdrop resid_pdrop summary_type summary_use_proj
-        summary_activation summary_proj_to_labels summary_first_dropout
-        task_specific_params n_ctx reorder_and_upcast_attn pretraining_tp
-        is_llama_config transformers.js_config gradient_checkpointing
-        attn_implementation _attn_implementation cache_implementation is_decoder
-        return_dict output_hidden_states output_attentions id2label label2id
-        num_labels chunk_size_feed_forward unsloth_fixed unsloth_version
-        _sliding_window_pattern""",
-    )
-)
-# Tensors that are no parameters: masks and frequencies that old versions stored.
-BUFFERS = re.compile(r".*\.(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 
 
 def resolve(name: str | Path) -> Path:
@@ -370,7 +84,7 @@ def resolve(name: str | Path) -> Path:
         raise ValueError(
             f"{name}: downloading needs huggingface_hub: pip install gsm_verifier[hf]"
         ) from error
-    wanted = [CONFIG, TOKENIZER, VERIFIER, "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["*.json", "*.safetensors"]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # of many kinds, from many lines deep
@@ -447,7 +161,8 @@ def _parse(given: Mapping[str, Any]) -> ModelConfig:
     fields["kv_heads"] = fields.get("kv_heads") or fields["heads"]
     fields["head_size"] = fields.get("head_size") or fields["width"] // fields["heads"]
     fields["mlp_width"] = fields["mlp_width"] or 4 * fields["width"]
-    if scalar := settings.get("query_pre_attn_scalar"):
+    scalar = settings.get("query_pre_attn_scalar") or fields["head_size"]
+    if scalar != fields["head_size"]:  # the usual scale is no word
         fields["query_scale"] = float(scalar) ** -0.5
     for cap in ("attention_cap", "logit_cap"):
         fields[cap] = fields.get(cap) or 0.0
@@ -483,27 +198,26 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
         **(parameters.get("full_attention") or {} if local else parameters),
         **(settings.get("rope_scaling") or {}),
     }
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
+    kinds = [rope.pop(key) for key in ("rope_type", "type") if rope.get(key)] or ["default"]
     fields: dict[str, Any] = {}
     if "rope_theta" in rope:
         fields["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
+    if "partial_rotary_factor" in rope and "rope_fraction" in form.keys:
         fields["rope_fraction"] = rope.pop("partial_rotary_factor")
-    if "window_theta" in form.keys and "rope_theta" in local:
+    if "rope_theta" in local and "window_theta" in form.keys:
         fields["window_theta"] = local["rope_theta"]
-    if kind == "linear":
-        fields["rope_linear"] = float(rope.pop("factor"))
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        names += ("original_max_position_embeddings",)
-        if missing := [n for n in names if n not in rope]:
-            raise ValueError(f"the RoPE scaling lacks {missing[0]}")
-        fields["rope_llama3"] = tuple(float(rope.pop(n)) for n in names)
-    elif kind != "default":
-        raise ValueError(f"rope_type {kind!r} isn't supported: default, linear or llama3")
-    if rope or local.get("rope_type", "default") != "default":
-        raise ValueError(f"RoPE setting {rope or local} isn't supported")
+    if kinds[0] not in SCALINGS or local.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"rope_type {kinds[0]!r} isn't supported: {', '.join(SCALINGS)} (in layers with a "
+            "window only default)"
+        )
+    names = SCALINGS[kinds[0]]
+    odd = [*(n for n in names if n not in rope), *(n for n in rope if n not in names)]
+    if odd or any(type(x) not in (int, float) for x in rope.values()):
+        raise ValueError(f"the RoPE scaling {rope} must have numbers for {', '.join(names)}")
+    numbers = tuple(float(rope[n]) for n in names)
+    if numbers:
+        fields |= {"rope_linear": numbers[0]} if len(numbers) == 1 else {"rope_llama3": numbers}
     return fields
 
 
@@ -533,7 +247,11 @@ def _windows(settings: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 def _settings(kind: str, model: ModelConfig) -> dict[str, Any]:
     """The config.json that means the model, if family `kind` has one."""
     form = FORMATS[kind]
-    settings = {"model_type": kind, "architectures": [form.architecture], **form.fixed}
+    settings: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [form.architecture],
+        **form.fixed,
+    }
     settings |= {theirs: getattr(model, ours) for ours, theirs in form.keys.items()}
     for key, (ours, words) in form.words.items():
         settings[key] = next((k for k, word in words.items() if word == getattr(model, ours)), None)
@@ -544,20 +262,16 @@ def _settings(kind: str, model: ModelConfig) -> dict[str, Any]:
         scale = model.query_scale or model.head_size**-0.5
         settings["query_pre_attn_scalar"] = round(scale**-2)
     if "rope_parameters" in form.defaults:
-        rope: dict[str, Any] = {"rope_type": "default"}
+        scaling, numbers = "default", ()
         if model.rope_linear != 1:
-            rope = {"rope_type": "linear", "factor": model.rope_linear}
+            scaling, numbers = "linear", (model.rope_linear,)
         if model.rope_llama3:
-            factor, low, high, length = model.rope_llama3
-            rope = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": int(length),
-            }
+            scaling, numbers = "llama3", model.rope_llama3
+        rope = {"rope_type": scaling, **dict(zip(SCALINGS[scaling], numbers, strict=True))}
+        if LENGTH in rope:
+            rope[LENGTH] = int(rope[LENGTH])
         # Both spellings: the older is all that other readers know.
-        settings["rope_scaling"] = None if rope["rope_type"] == "default" else dict(rope)
+        settings["rope_scaling"] = dict(rope) if numbers else None
         rope["rope_theta"] = model.rope_theta
         if "rope_fraction" in form.keys:
             rope["partial_rotary_factor"] = model.rope_fraction
@@ -574,30 +288,26 @@ def _settings(kind: str, model: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def _differences(kind: str, model: ModelConfig) -> list[str]:
-    """Fields of the model that family `kind` can't say."""
-    try:
-        said = _parse(_settings(kind, model))
-    except ValueError as error:
-        return [str(error)]
-    here = dict.fromkeys(("dtype", "scan_layers", "remat"))
-    query = {"query_scale": model.query_scale or model.head_size**-0.5}
-    said = dataclasses.asdict(said.with_(query_scale=said.query_scale or said.head_size**-0.5))
-    own = dataclasses.asdict(model) | query
-    return [f"{k}={own[k]!r}" for k in own if k not in here and own[k] != said[k]]
-
-
 def _kind(model: ModelConfig) -> str:
     """The model_type a model is exported as.
 
     Raises:
       ValueError: no family has all of its words; names those in the way of the nearest.
     """
-    found = {kind: _differences(kind, model) for kind in FORMATS}
-    best = min(found, key=lambda kind: len(found[kind]))
-    if found[best]:
+    own = dataclasses.asdict(model)
+    differences = {}
+    for kind in FORMATS:
+        try:
+            said = dataclasses.asdict(_parse(_settings(kind, model)))
+        except ValueError:
+            continue
+        said |= {word: own[word] for word in ("dtype", "scan_layers", "remat")}
+        differences[kind] = [f"{k}={own[k]!r}" for k in own if own[k] != said[k]]
+    best = min(differences, key=lambda kind: len(differences[kind]), default="gpt2")
+    if differences.get(best, True):
         raise ValueError(
-            f"no Hugging Face family has this model: {best} has no {', '.join(found[best])}"
+            "no Hugging Face family has this model: "
+            f"{best} has no {', '.join(differences.get(best, ['such words']))}"
         )
     return best
 
@@ -799,7 +509,8 @@ def load(folder: str | Path, mesh: Mesh, dtype: str = "float32") -> tuple[ModelC
             continue
         theirs, place = places[path]
         names = _layers(theirs.removeprefix(base), model)
-        parts = [functools.partial(_part, source, name, place, dtype) for name in names]
+        shape = like.shape[len(like.shape) - len(place.letters) :]  # without L
+        parts = [functools.partial(_part, source, name, place, shape, dtype) for name in names]
         if "*" in theirs:
             found[path] = _stacked(parts, like.shape, where[path], dtype)
         else:
@@ -809,23 +520,24 @@ def load(folder: str | Path, mesh: Mesh, dtype: str = "float32") -> tuple[ModelC
 
 
 def _part(
-    source: _Tensors, name: str, place: _Place, dtype: str, index: tuple[slice, ...]
+    source: _Tensors,
+    name: str,
+    place: _Place,
+    shape: tuple[int, ...],
+    dtype: str,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
-    """A part of one of our parameters; rows beyond their vocabulary are zeros."""
-    sizes = {c: place.sizes[c] for c in place.letters}
-    # Our vocabulary is longer than theirs: the slices are cut to what there is.
-    wanted = {c: slice(s.start or 0, s.stop) for c, s in zip(place.letters, index, strict=True)}
-    inside = {c: slice(*s.indices(sizes[c])[:2]) for c, s in wanted.items()}
-    inside = {c: slice(min(s.start, s.stop), s.stop) for c, s in inside.items()}
-    if any(s.start == s.stop for s in inside.values()):
-        found = np.zeros([inside[c].stop - inside[c].start for c in place.letters], dtype)
-    else:
-        found = place.read(lambda ranges: source.read(name, ranges), inside).astype(dtype)
-    extra = [
-        (0, 0 if s.stop is None else s.stop - s.start - n)
-        for s, n in zip(wanted.values(), found.shape, strict=True)
-    ]
-    return np.pad(found, extra) if any(after for _, after in extra) else found
+    """A part of one of our parameters of a shape; rows beyond their vocabulary are zeros."""
+    wanted = [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]
+    found = np.zeros([s.stop - s.start for s in wanted], dtype)
+    inside = {
+        c: slice(s.start, min(s.stop, place.sizes[c]))
+        for c, s in zip(place.letters, wanted, strict=True)
+    }
+    if all(s.start < s.stop for s in inside.values()):
+        part = place.read(functools.partial(source.read, name), inside)
+        found[tuple(map(slice, part.shape))] = part
+    return found
 
 
 def _stacked(
@@ -848,6 +560,13 @@ def _stacked(
     return stack
 
 
+def storage(dtype: str) -> np.dtype:
+    """numpy's dtype of a word of `DTYPES`, bfloat16 included."""
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES.values())}")
+    return jnp.dtype(dtype)
+
+
 def save(
     folder: str | Path,
     model: ModelConfig,
@@ -867,47 +586,82 @@ def save(
     Raises:
       ValueError: no Hugging Face family has such a model, or ids of the tokenizer have no row.
     """
-    folder = Path(folder)
-    kind = _kind(model)
-    if tokenizer.size > model.text_size:
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {model.text_size}")
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES.values())}")
+    form = FORMATS[_kind(model)]
     rows = model.text_size + (squash is not None)
     tensors: dict[str, np.ndarray] = {}
     leaves = by_name(params)
-    for path, (theirs, place) in _places(FORMATS[kind], model, rows).items():
-        ours = sharding.to_host(leaves[path]).astype(dtype)
+    for path, (theirs, place) in _places(form, model, rows).items():
+        ours = sharding.to_host(leaves[path]).astype(storage(dtype))
         if "V" in place.letters:
             ours = ours[:rows]
         names = _layers(theirs, model)
         for name, layer in zip(names, ours if "*" in theirs else [ours], strict=True):
-            whole = tensors.setdefault(name, np.zeros(place.shape, dtype))
+            whole = tensors.setdefault(name, np.zeros(place.shape, storage(dtype)))
             place.write(whole, layer)
-    gain, bias = (float(sharding.to_host(leaves[f"params.{name}"])) for name in HEAD)
+    head = None
+    if squash is not None:
+        gain, bias = (float(sharding.to_host(leaves[f"params.{name}"])) for name in HEAD)
+        head = {"token_id": model.reserved_token, "gain": gain, "bias": bias, "squash": squash}
+    write(folder, model, tensors, tokenizer, dtype=dtype, head=head)
+
+
+def write(
+    folder: str | Path,
+    model: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    head: dict[str, Any] | None = None,
+) -> None:
+    """Write a folder of tensors that have Hugging Face's names; process 0 does, whole files only.
+
+    Args:
+      head: of a verifier, whose tables have a row more.
+    """
+    folder = Path(folder)
+    kind = _kind(model)
+    if tokenizer.size > model.text_size:
+        raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model {model.text_size}")
     if jax.process_index():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{WEIGHTS}.part"
+    part = folder / f".{WEIGHTS}.part"
     save_file(tensors, part, {"format": "pt"})
-    os.replace(part, folder / WEIGHTS)
     tokenizer.save(folder / TOKENIZER)
+    shutil.copymode(folder / TOKENIZER, part)  # it was written for its owner's eyes only
+    os.replace(part, folder / WEIGHTS)
+    end = Backend.from_file(str(folder / TOKENIZER)).id_to_token(tokenizer.end)
     ids = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
-    settings = _settings(kind, model) | ids | {"dtype": dtype, "torch_dtype": dtype}
-    settings |= {FORMATS[kind].keys["text_size"]: rows}
+    rows = {FORMATS[kind].keys["text_size"]: model.text_size + (head is not None)}
     files = {
-        "tokenizer_config.json": {
+        TOKENIZER_CONFIG: {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": Backend.from_file(str(folder / TOKENIZER)).id_to_token(tokenizer.end),
+            "eos_token": end,
             "model_max_length": model.max_length,
             "clean_up_tokenization_spaces": False,
         },
         "generation_config.json": ids,
-        CONFIG: settings,
+        CONFIG: _settings(kind, model) | ids | rows | {"dtype": dtype, "torch_dtype": dtype},
     }
     (folder / VERIFIER).unlink(missing_ok=True)
-    if squash is not None:
-        head = {"token_id": model.reserved_token, "gain": gain, "bias": bias, "squash": squash}
+    if head is not None:
         files[VERIFIER] = head | {"reading": READING}
     for name, content in files.items():
         records.write_atomically(folder / name, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_tokenizer(folder: str | Path) -> Tokenizer:
+    """A folder's tokenizer, with the end-of-text token the folder names.
+
+    Raises:
+      ValueError: no tokenizer.json, or one with more ids than the model's tables have rows.
+    """
+    folder = Path(folder)
+    named = folder / TOKENIZER_CONFIG
+    end = _read_json(named).get("eos_token") if named.exists() else None
+    tokenizer = Tokenizer.load(folder / TOKENIZER, end["content"] if isinstance(end, dict) else end)
+    rows = read_config(folder).text_size
+    if tokenizer.size > rows:
+        raise ValueError(f"{folder / TOKENIZER} has {tokenizer.size} ids, the model only {rows}")
+    return tokenizer
