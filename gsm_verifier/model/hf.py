@@ -54,6 +54,7 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SQUASHES = ("none", "sigmoid")
 READING = (
     "In the logits of the position after a token, value = gain * logits[token_id] + bias; with "
     'squash "sigmoid" its logistic function. A solution is scored by the value after its last '
@@ -118,12 +119,26 @@ def read_config(folder: str | Path) -> ModelConfig:
         model = _parse(_read_json(path))
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    if not (path.parent / VERIFIER).exists():
-        return model
-    model = model.with_(text_size=model.text_size - 1)
-    if _read_json(path.parent / VERIFIER).get("token_id") != model.reserved_token:
-        raise ValueError(f"{path.parent / VERIFIER}: token_id isn't the last of the vocabulary")
-    return model
+    return model.with_(text_size=model.text_size - 1) if read_head(folder) else model
+
+
+def read_head(folder: str | Path) -> dict[str, Any]:
+    """A verifier's head: token_id, gain, bias and squash; {} for a generator.
+
+    Raises:
+      ValueError: a damaged file, or one that isn't of this model.
+    """
+    path = Path(folder) / VERIFIER
+    if not path.exists():
+        return {}
+    head, settings = _read_json(path), _read_json(path.parent / CONFIG)
+    if head.get("token_id") != settings[_format(settings).keys["text_size"]] - 1:
+        raise ValueError(f"{path}: token_id isn't the last of the vocabulary")
+    if head.get("squash") not in SQUASHES or not all(
+        type(head.get(word)) is float and math.isfinite(head[word]) for word in ("gain", "bias")
+    ):
+        raise ValueError(f"{path} must have numbers gain and bias, and squash {SQUASHES}")
+    return head
 
 
 def _format(settings: Mapping[str, Any]) -> Format:
@@ -493,7 +508,7 @@ def load(folder: str | Path, mesh: Mesh, dtype: str = "float32") -> tuple[ModelC
     folder = Path(folder)
     model = read_config(folder)
     form = _format(_read_json(folder / CONFIG))
-    head = _read_json(folder / VERIFIER) if (folder / VERIFIER).exists() else {}
+    head = read_head(folder)
     rows = model.text_size + bool(head)
     source = _Tensors(folder)
     base = "" if any(name.startswith(form.base) for name in source.shapes) else form.base
@@ -586,6 +601,8 @@ def save(
     Raises:
       ValueError: no Hugging Face family has such a model, or ids of the tokenizer have no row.
     """
+    if squash not in (None, *SQUASHES):
+        raise ValueError(f"squash={squash!r}: use one of {SQUASHES}, or None for a generator")
     form = FORMATS[_kind(model)]
     rows = model.text_size + (squash is not None)
     tensors: dict[str, np.ndarray] = {}
