@@ -55,8 +55,8 @@ def test_a_mesh_covers_all_devices(sizes: tuple[int, ...], expected: tuple[int, 
 
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 1, 1), (16, 1, 1), (-1, 3, 1), (-1, 16, 1), (-1, -1, 8), (-1, 0, 1), (0, 1, 8), (-1, -8, 1)]
-)  # fmt: skip
+    [(1, 1, 1), (-1, 3, 1), (-1, 16, 1), (-1, -1, 8), (-1, 0, 1), (0, 1, 8), (-1, -8, 1)],
+)
 def test_a_mesh_that_does_not_cover_them_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"doesn't cover {DEVICES} devices") as caught:
         sharding.make_mesh(*sizes)
