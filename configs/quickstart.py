@@ -22,15 +22,15 @@ from gsm_verifier.config import default
 
 def get_config(size: str = "") -> ConfigDict:
     config = default()
-    config.data.update(source="synthetic", train_size=400, heldout_fraction=0.1, test_size=300)
+    config.data.update(
+        source="synthetic", difficulty=1, train_size=500, heldout_fraction=0.1, test_size=300
+    )
     config.model.pretrained = "quickstart"
     config.mesh.cpu_devices = 2
-    shared = dict(row_tokens=256, microbatch_rows=32, clip_norm=1.0)
-    config.finetune.update(learning_rate=1e-3, batch_tokens=4096, warmup_steps=5, **shared)
-    config.baseline.update(learning_rate=1e-3, batch_tokens=4096, warmup_steps=10, **shared)
-    config.verify.update(
-        learning_rate=1e-3, batch_tokens=8192, warmup_steps=10, branches=4, **shared
-    )
+    shared = dict(row_tokens=256, microbatch_rows=32, clip_norm=1.0, warmup_steps=10)
+    config.finetune.update(learning_rate=1e-3, batch_tokens=1024, **shared)
+    config.baseline.update(learning_rate=5e-4, batch_tokens=2048, **shared)
+    config.verify.update(learning_rate=5e-4, batch_tokens=4096, branches=4, **shared)
     config.sample.update(
         completions=20,
         heldout_completions=20,
@@ -56,6 +56,7 @@ def _pretrain(config: ConfigDict) -> None:
     config.data.train_size = 5000  # for the tokenizer
     config.text.vocab_size = 1023
     _from_scratch(config, layers=6, width=128, heads=4, head_size=32, mlp_width=384, max_length=384)
+    config.data.difficulty = 2
     config.pretrain.update(
         epochs=1.0,
         generated=80_000,
