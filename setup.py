@@ -11,6 +11,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "scipy>=1.13",
+    "transformers>=5.0",  # what it writes and reads is what imports and exports are compared with
 ]
 
 setup(
@@ -45,6 +46,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "hf": ["huggingface_hub>=0.30", "gguf>=0.10"],
         "test": TEST,
+        "oracle": ["torch>=2.6", "accelerate>=1.0"],  # makes transformers compute, in tests only
     },
 )
