@@ -270,7 +270,7 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
     left = {i: len(problems[i * size : (i + 1) * size]) * n for i in todo}
     found: dict[int, list[Completion]] = {i: [] for i in todo}
     prompts = {p.id: run.question(p) for p in problems}
-    longest = max(len(prompt) for prompt in prompts.values())
+    longest = max(map(len, prompts.values()), default=0)
     requests = [Request(p.id, prompts[p.id], range(n)) for p in problems if shard_of[p.id] in left]
     total = sum(left.values())
     with tqdm(total=total, desc=f"sample {folder.name}", unit="completion", mininterval=1) as bar:

@@ -1,0 +1,362 @@
+"""The whole paper by the command line: what a run leaves, and that nothing can spoil it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gsm_verifier import records
+from gsm_verifier.data import problems
+from gsm_verifier.records import Completion, Label, Score
+from gsm_verifier.text import answers
+from gsm_verifier.text.tokenizer import Tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAGES = ["prepare", "pretrain", "finetune", "sample", "label", "verify", "score", "rank", "report"]
+NAMES = "greedy random majority logprob length integer_only verifier verifier_vote"
+NAMES = {*NAMES.split(), "verifier_weighted", "coverage"}
+# Of configs/quickstart.py:tiny: problems and completions of each in the folders of samples/.
+SAMPLED = {"train": (8, 4), "heldout": (6, 2), "test": (8, 10), "greedy": (8, 1)}
+TIMEOUT = 580
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Programs compiled by one run are there for the next."""
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    config = ["--config=configs/quickstart.py:tiny", "--config.mesh.cpu_devices=1"]
+    return [sys.executable, "-m", "gsm_verifier.main", *config, f"--workdir={folder}", *flags]
+
+
+def run_main(folder: Path, environment: dict[str, str], *flags: str) -> SimpleNamespace:
+    done = subprocess.run(
+        command(folder, *flags),
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, environment) -> SimpleNamespace:
+    """One finished run; tests that spoil it take a `copy`."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_main(folder, environment)
+    assert done.code == 0, done.err
+    return SimpleNamespace(folder=folder, out=done.out, err=done.err)
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """The results without what differs between two runs of the same."""
+    results = json.loads((folder / "results.json").read_bytes())
+    return {k: v for k, v in results.items() if k not in ("timing", "commit", "versions")}
+
+
+def shards_of(folder: Path, *roots: str) -> dict[str, bytes]:
+    """The bytes of the record shards below some folders of a run."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for root in roots or ("samples", "labels", "scores")
+        for path in sorted((folder / root).rglob("*.parquet"))
+    }
+
+
+def same_run(folder: Path, other: Path) -> None:
+    """The same samples, labels and values bit for bit, and the same results."""
+    ours, theirs = shards_of(folder), shards_of(other)
+    assert list(ours) == list(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert results_of(folder) == results_of(other)
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_the_files_it_promises(finished) -> None:
+    files = "config.json problems tokenizer.json pretrained generator verifier samples labels "
+    files += "scores results.json report.html metrics"
+    for name in [*files.split(), *(f"{stage}.done" for stage in STAGES)]:
+        assert (finished.folder / name).exists(), name
+    left = [path.name for path in finished.folder.rglob("*")]
+    assert not [name for name in left if name.endswith((".started", ".tmp"))]
+    config = json.loads((finished.folder / "config.json").read_bytes())
+    assert config["model"]["layers"] == 2
+    for stage in STAGES:
+        marker = json.loads((finished.folder / f"{stage}.done").read_bytes())
+        assert marker["seconds"] >= 0
+    html = (finished.folder / "report.html").read_text(encoding="utf-8")
+    assert html.lstrip().lower().startswith("<!doctype html>")
+
+
+def test_results_follow_their_schema(finished) -> None:
+    results = json.loads((finished.folder / "results.json").read_bytes())
+    assert results["schema"] == 1
+    assert results["commit"]
+    assert {"python", "jax", "numpy"} <= set(results["versions"])
+    assert results["seed"] == 0
+    assert results["splits"]["test"]["problems"] == 8
+    assert set(results["accuracy"]) == NAMES
+    for name, rows in results["accuracy"].items():
+        assert [row["n"] for row in rows] == ([1] if name == "greedy" else [1, 2, 5, 10])
+        for row in rows:
+            assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+    assert {(row["a"], row["b"]) for row in results["paired"]} >= {("verifier", "greedy")}
+    for row in results["paired"]:
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert 0 <= row["p"] <= 1
+        assert row["n"] in (1, 2, 5, 10)
+    assert {"auroc", "brier", "ece"} <= set(results["verifier"])
+    earlier = STAGES[: STAGES.index("rank")]
+    assert set(results["timing"]) >= set(earlier)
+    assert all(seconds >= 0 for seconds in results["timing"].values())
+
+
+def test_records_are_aligned_and_complete(finished) -> None:
+    folder = finished.folder
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    for split, (count, samples) in SAMPLED.items():
+        origin = "test" if split == "greedy" else split
+        gold = problems.load(folder / "problems", origin)[:count]
+        completions = records.read_all(folder / "samples" / split, Completion)
+        keys = [(p.id, m) for p in gold for m in range(samples)]
+        assert [(c.problem, c.sample) for c in completions] == keys
+        solutions = {p.id: p.solution for p in gold}
+        labels = records.read_all(folder / "labels" / split, Label)
+        for completion, label in zip(completions, labels, strict=True):
+            assert (label.problem, label.sample) == (completion.problem, completion.sample)
+            assert label.answer == answers.extract(completion.text)
+            assert label.correct == answers.is_correct(completion.text, solutions[label.problem])
+            assert len(completion.forced) == len(completion.tokens) <= 48
+            assert completion.text == tokenizer.decode(completion.tokens)
+            assert completion.finished == (completion.tokens[-1] == tokenizer.end)
+        names = [path.name for path in records.shards(folder / "samples" / split)]
+        assert names == [path.name for path in records.shards(folder / "labels" / split)]
+        assert len(names) == -(-count // 3)
+    completions = records.read_all(folder / "samples/test", Completion)
+    scores = records.read_all(folder / "scores/test", Score)
+    for completion, score in zip(completions, scores, strict=True):
+        assert (score.problem, score.sample) == (completion.problem, completion.sample)
+        assert len(score.values) == len(completion.tokens)
+        assert score.score == score.values[-1]
+    assert len({score.score for score in scores}) > 40
+
+
+def test_the_problems_of_the_splits_are_apart(finished) -> None:
+    splits = [problems.load(finished.folder / "problems", s) for s in ("train", "heldout", "test")]
+    questions = [p.question for split in splits for p in split]
+    assert [len(split) for split in splits] == [24, 6, 8]
+    assert len(set(questions)) == len(questions)
+
+
+def test_the_run_ends_with_a_table_and_the_reports_path(finished) -> None:
+    assert [line.split(":")[0] for line in finished.out.splitlines() if line[-2:] == " s"] == STAGES
+    table = finished.out[finished.out.index("accuracy on 8 test problems") :]
+    assert "N = 1 " in table
+    assert "N = 10" in table
+    assert len(table.splitlines()) == 2 + len(NAMES) + 1
+    assert table.splitlines()[-1] == f"report: {finished.folder / 'report.html'}"
+
+
+# Running again
+
+
+def state_of(folder: Path) -> dict[str, tuple[float, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime, path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "config.json"
+    }
+
+
+def test_a_finished_run_is_left_alone(finished, environment) -> None:
+    before = state_of(finished.folder)
+    done = run_main(finished.folder, environment)
+    assert done.code == 0, done.err
+    for stage in STAGES:
+        assert f"{stage}: done before, skipped" in done.out
+    assert state_of(finished.folder) == before
+    assert "report: " in done.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("seed", "0", "1"),
+        ("data.train_size", "24", "25"),
+        ("sample.temperature", "0.7", "0.9"),
+        ("report.problems", "40", "3"),
+    ],
+)
+def test_a_changed_config_is_refused_with_old_and_new(
+    key: str, old: str, new: str, finished, environment
+) -> None:
+    """Whichever stage reads the key, and whichever stages are asked for."""
+    before = state_of(finished.folder), (finished.folder / "config.json").read_bytes()
+    done = run_main(finished.folder, environment, f"--config.{key}={new}")
+    assert done.code == 1
+    assert f"{finished.folder} was made with another config" in done.err
+    assert f"{key} was {old} and is now {new}" in done.err
+    assert "--workdir" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert (state_of(finished.folder), (finished.folder / "config.json").read_bytes()) == before
+
+
+def test_another_mesh_is_no_other_config(copy: Path, environment) -> None:
+    done = run_main(copy, environment, "--config.mesh.cpu_devices=2")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"seconds": 1}', '{"keys": 3}'])
+def test_a_damaged_marker_is_named(content: str, copy: Path, environment) -> None:
+    (copy / "label.done").write_text(content)
+    done = run_main(copy, environment)
+    assert done.code == 1
+    assert f"{copy / 'label.done'} is damaged: delete it" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_rank_and_report_can_be_made_again(finished, copy: Path, environment) -> None:
+    for name in ("rank.done", "report.done", "results.json", "report.html"):
+        (copy / name).unlink()
+    done = run_main(copy, environment, "--stages=rank,report")
+    assert done.code == 0, done.err
+    assert "sample" not in done.out.split("accuracy on")[0]
+    assert (copy / "report.html").exists()
+    same_run(copy, finished.folder)
+
+
+def test_a_lost_sample_shard_is_made_again_bit_for_bit(finished, copy: Path, environment) -> None:
+    """Without the samples beside which it was made first."""
+    lost = [records.shard_path(copy / "samples/train", 1, 3)]
+    lost += [records.shard_path(copy / "samples/heldout", 0, 2)]
+    for path in lost:
+        path.unlink()
+    (copy / "sample.done").unlink()
+    kept = records.shard_path(copy / "samples/train", 0, 3)
+    before = kept.stat().st_mtime_ns
+    done = run_main(copy, environment, "--stages=sample")
+    assert done.code == 0, done.err
+    assert kept.stat().st_mtime_ns == before
+    same_run(copy, finished.folder)
+
+
+def test_a_damaged_shard_is_named(copy: Path, environment) -> None:
+    path = records.shard_path(copy / "samples/test", 2, 3)
+    path.write_bytes(path.read_bytes()[:-100])
+    (copy / "rank.done").unlink()
+    done = run_main(copy, environment, "--stages=rank")
+    assert done.code == 1
+    assert f"can't read {path} as Completion records" in done.err.strip().splitlines()[-1]
+    path.unlink()
+    done = run_main(copy, environment, "--stages=rank")
+    assert done.code == 1
+    assert "should hold 3 shards, it holds 2" in done.err.strip().splitlines()[-1]
+
+
+# Killed and begun again
+
+
+def kill_when(folder: Path, environment: dict[str, str], moment: Callable[[], bool]) -> None:
+    """Start a run and SIGKILL it as soon as `moment` is true."""
+    log = folder.parent / "killed.log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            command(folder), env=environment, cwd=REPOSITORY, stdout=out, stderr=out
+        )
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            while not moment():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait(timeout=60)
+
+
+MOMENTS = {
+    "in pretraining": ("pretrain", "pretrained/training/5"),
+    "after the generator's checkpoint": ("finetune", "generator/0"),
+    "in the baseline": ("finetune", "baseline/training"),
+    "between two shards of samples": ("sample", "samples/train/*.parquet"),
+    "in verifier training": ("verify", "verifier/training"),
+    "between two shards at test time": ("score", "samples/test/*.parquet"),
+    "between two shards of values": ("score", "scores/test/*.parquet"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "after the generator's checkpoint",
+        "between two shards of samples",
+        "in verifier training",
+    ],
+)
+def test_a_killed_run_ends_as_the_whole_one(
+    name: str, finished, tmp_path: Path, environment
+) -> None:
+    folder = tmp_path / "killed"
+    stage, pattern = MOMENTS[name]
+    kill_when(folder, environment, lambda: any(folder.glob(pattern)))
+    assert (folder / f"{stage}.started").exists()
+    assert not (folder / f"{stage}.done").exists()
+    if stage != "finetune":  # what was begun with a temperature is not finished with another
+        done = run_main(folder, environment, "--config.sample.temperature=0.9")
+        assert done.code == 1
+        assert "sample.temperature was 0.7 and is now 0.9" in done.err
+    done = run_main(folder, environment)
+    assert done.code == 0, done.err
+    same_run(folder, finished.folder)
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_the_whole_one(
+    finished, tmp_path: Path, environment
+) -> None:
+    folder = tmp_path / "killed"
+    for stage, pattern in MOMENTS.values():
+        kill_when(folder, environment, lambda pattern=pattern: any(folder.glob(pattern)))
+        assert not (folder / f"{stage}.done").exists()
+    done = run_main(folder, environment)
+    assert done.code == 0, done.err
+    same_run(folder, finished.folder)
+
+
+@pytest.mark.slow
+def test_two_runs_are_equal_and_two_seeds_differ(finished, tmp_path: Path, environment) -> None:
+    done = run_main(tmp_path / "again", environment)
+    assert done.code == 0, done.err
+    same_run(tmp_path / "again", finished.folder)
+    done = run_main(tmp_path / "other", environment, "--config.seed=1")
+    assert done.code == 0, done.err
+    ours, theirs = (shards_of(f, "samples") for f in (tmp_path / "other", finished.folder))
+    assert list(ours) == list(theirs)
+    assert not [name for name in ours if ours[name] == theirs[name]]
+    assert results_of(tmp_path / "other")["seed"] == 1
