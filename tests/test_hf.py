@@ -381,9 +381,11 @@ def test_a_tied_model_may_store_its_table_twice_but_not_another(
         (dict(num_hidden_layers=-1), "num_hidden_layers=-1 makes no sense"),
         (dict(num_attention_heads=0), "num_attention_heads=0 makes no sense"),
         (dict(hidden_size="32"), "hidden_size='32' makes no sense"),
-        (dict(num_key_value_heads=3), "3 key/value heads don't divide 4"),
+        (dict(num_key_value_heads=3), "3 key/value heads, 4 heads and width 32 don't"),
         (dict(quantization_config=dict(bits=4)), "quantization_config"),
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan makes no sense"),
+        (dict(hidden_act=["silu"]), "wrong type"),
+        (dict(rope_parameters="default"), "wrong type"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
@@ -415,7 +417,7 @@ def test_damaged_folders_are_refused(folder: Path, mesh: Mesh, tmp_path: Path) -
         hf.load(folder, mesh)
     (folder / hf.INDEX).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle.*safe_serialization"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
         hf.load(folder, mesh)
     (folder / hf.CONFIG).write_text("[")
     with pytest.raises(ValueError, match="isn't JSON"):

@@ -79,13 +79,13 @@ _GEMMA_DEFAULTS = {
     "query_pre_attn_scalar": 256,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_act": None,  # stands in some files, and is read by nobody
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
     "use_bidirectional_attention": False,
     "sliding_window": 4096,
     "layer_types": None,
 }
-del _GEMMA_DEFAULTS["hidden_act"]
 _GEMMA_KEYS = {**_LLAMA_KEYS, "logit_cap": "final_logit_softcapping"}
 
 _LLAMA_TENSORS = {

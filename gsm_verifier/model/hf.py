@@ -12,6 +12,7 @@ A verifier is its generator's directory with one more row in the tables, the res
 a `verifier.json`, which says how to compute its value from the logits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,7 +20,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,19 @@ def resolve(name: str | Path) -> Path:
         raise ValueError(
             f"{name}: downloading needs huggingface_hub: pip install gsm_verifier[hf]"
         ) from error
-    wanted = ["*.json", "*.safetensors"]
+    fetch = functools.partial(
+        snapshot_download,
+        repository,
+        revision=revision,
+        allow_patterns=["*.json", "*.safetensors"],
+    )
+    with contextlib.suppress(Exception):
+        # A revision never changes: what is here and whole needs no network.
+        folder = Path(fetch(local_files_only=True))
+        if _Tensors(folder).shapes and (folder / TOKENIZER).exists():
+            return folder
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        return Path(fetch())
     except Exception as error:  # of many kinds, from many lines deep
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -119,6 +130,8 @@ def read_config(folder: str | Path) -> ModelConfig:
         model = _parse(_read_json(path))
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: a setting has a value of a wrong type: {error}") from error
     return model.with_(text_size=model.text_size - 1) if read_head(folder) else model
 
 
@@ -183,8 +196,11 @@ def _parse(given: Mapping[str, Any]) -> ModelConfig:
         fields[cap] = fields.get(cap) or 0.0
     fields |= _rope(settings, form)
     fields["windows"] = _windows(settings, fields["layers"])
-    if fields["heads"] % fields["kv_heads"]:
-        raise ValueError(f"{fields['kv_heads']} key/value heads don't divide {fields['heads']}")
+    if fields["heads"] % fields["kv_heads"] or not fields["head_size"]:
+        raise ValueError(
+            f"{fields['kv_heads']} key/value heads, {fields['heads']} heads and width "
+            f"{fields['width']} don't divide one another"
+        )
     return ModelConfig(**{**FAMILIES[form.family], **fields})
 
 
@@ -196,7 +212,7 @@ def _check_values(fields: Mapping[str, Any], form: Format) -> None:
         if value is None and form.defaults.get(theirs, REQUIRED) is not REQUIRED:
             continue
         good = {
-            int: type(value) is int and 0 < value < 2**31,
+            int: type(value) is int and 0 < value < 2**24,
             bool: type(value) is bool,
             float: type(value) in (int, float) and 0 < value < math.inf,
             str: type(value) is str,
@@ -209,11 +225,11 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
     """The fields of ModelConfig that `rope_parameters` and the older `rope_scaling` decide."""
     parameters = settings.get("rope_parameters") or {}
     local = parameters.get("sliding_attention") or {}
-    rope = {
-        **(parameters.get("full_attention") or {} if local else parameters),
-        **(settings.get("rope_scaling") or {}),
-    }
-    kinds = [rope.pop(key) for key in ("rope_type", "type") if rope.get(key)] or ["default"]
+    given = [parameters.get("full_attention") or {} if local else parameters]
+    given += [settings.get("rope_scaling") or {}]
+    renamed = {"type": "rope_type"}  # once
+    rope = {renamed.get(key, key): value for each in given for key, value in each.items()}
+    kind = rope.pop("rope_type", "default")
     fields: dict[str, Any] = {}
     if "rope_theta" in rope:
         fields["rope_theta"] = rope.pop("rope_theta")
@@ -221,12 +237,12 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
         fields["rope_fraction"] = rope.pop("partial_rotary_factor")
     if "rope_theta" in local and "window_theta" in form.keys:
         fields["window_theta"] = local["rope_theta"]
-    if kinds[0] not in SCALINGS or local.get("rope_type", "default") != "default":
+    if kind not in SCALINGS or local.get("rope_type", "default") != "default":
         raise ValueError(
-            f"rope_type {kinds[0]!r} isn't supported: {', '.join(SCALINGS)} (in layers with a "
+            f"rope_type {kind!r} isn't supported: {', '.join(SCALINGS)} (in layers with a "
             "window only default)"
         )
-    names = SCALINGS[kinds[0]]
+    names = SCALINGS[kind]
     odd = [*(n for n in names if n not in rope), *(n for n in rope if n not in names)]
     if odd or any(type(x) not in (int, float) for x in rope.values()):
         raise ValueError(f"the RoPE scaling {rope} must have numbers for {', '.join(names)}")
@@ -355,18 +371,20 @@ class _Tensors:
         if (folder / WEIGHTS).exists():
             return [WEIGHTS]
         if (folder / INDEX).exists():
-            files = {str(f) for f in _read_json(folder / INDEX).get("weight_map", {}).values()}
+            places = _read_json(folder / INDEX).get("weight_map")
+            if not isinstance(places, dict):
+                raise ValueError(f"{folder / INDEX} has no weight_map")
+            files = {str(file) for file in places.values()}
             for file in files:
                 if Path(file).name != file or not (folder / file).exists():
                     raise ValueError(f"{folder / INDEX} names {file}, which isn't there")
             return sorted(files)
         pickles = [p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))]
-        if pickles:
-            raise ValueError(
-                f"{folder} holds its weights only as {pickles[0]}, a pickle, which could run code: "
-                "convert it with transformers: save_pretrained(folder, safe_serialization=True)"
-            )
-        raise ValueError(f"no {WEIGHTS} or {INDEX} in {folder}")
+        raise ValueError(
+            f"no {WEIGHTS} or {INDEX} in {folder}"
+            + (f", only {pickles[0]}, a pickle, which could run code" if pickles else "")
+            + ": convert the checkpoint with save_pretrained(folder) of transformers"
+        )
 
     def _open(self, file: str) -> Any:
         try:
@@ -452,28 +470,26 @@ def _places(form: Format, model: ModelConfig, rows: int) -> dict[str, tuple[str,
     return places
 
 
-def _layers(name: str, model: ModelConfig) -> list[str]:
+def _layers(name: str, model: ModelConfig) -> Iterator[str]:
     """The names of a tensor's layers; itself, outside of them."""
-    return [name.replace("*", str(i)) for i in range(model.layers if "*" in name else 1)]
+    return (name.replace("*", str(i)) for i in range(model.layers if "*" in name else 1))
 
 
 def _check_tensors(
     folder: Path, form: Format, model: ModelConfig, source: _Tensors, rows: int, base: str
 ) -> None:
     """Every tensor is used, and every one that is needed is there in its shape."""
-    wanted = {
-        name: place.shape
-        for theirs, place in _places(form, model, rows).values()
-        for name in _layers(theirs.removeprefix(base), model)
-    }
-    for name, shape in wanted.items():
-        if name not in source.shapes:
-            raise ValueError(f"{folder}: tensor {name} is missing: the checkpoint isn't whole")
-        if source.shapes[name] != shape:
-            raise ValueError(
-                f"{folder}: tensor {name} has shape {list(source.shapes[name])}, but its "
-                f"{CONFIG} makes it {list(shape)}: take both from the same checkpoint"
-            )
+    wanted = set()
+    for theirs, place in _places(form, model, rows).values():
+        for name in _layers(theirs.removeprefix(base), model):
+            wanted.add(name)
+            if name not in source.shapes:
+                raise ValueError(f"{folder}: tensor {name} is missing: the checkpoint isn't whole")
+            if source.shapes[name] != place.shape:
+                raise ValueError(
+                    f"{folder}: tensor {name} has shape {list(source.shapes[name])}, but its "
+                    f"{CONFIG} makes it {list(place.shape)}: take both from the same checkpoint"
+                )
     for name in source.shapes:
         if name in wanted or BUFFERS.fullmatch(name):
             continue
@@ -482,7 +498,7 @@ def _check_tensors(
             continue
         raise ValueError(
             f"{folder}: tensor {name} would be left unused: its {CONFIG} and its weights aren't of "
-            "the same model" + (", which isn't tied" if "unembed" in name else "")
+            "the same model"
         )
 
 
@@ -490,7 +506,8 @@ def _same(source: _Tensors, one: str, other: str) -> bool:
     """Two tables are equal; compared in pieces."""
     if source.shapes[one] != source.shapes[other]:
         return False
-    pieces = [slice(i, i + 4096) for i in range(0, source.shapes[one][0], 4096)]
+    size = source.shapes[one][0]
+    pieces = [slice(i, min(i + 4096, size)) for i in range(0, size, 4096)]
     return all(np.array_equal(source.read(one, [p]), source.read(other, [p])) for p in pieces)
 
 
