@@ -17,7 +17,17 @@ from jax.sharding import Mesh
 from gsm_verifier import sharding
 from gsm_verifier.data.packing import FIELDS, Branch, Tree
 from gsm_verifier.model import transformer
-from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed, Segment, attend
+from gsm_verifier.model.attention import (
+    HIDDEN,
+    QUERY_BLOCK,
+    BranchCache,
+    Branches,
+    Look,
+    Packed,
+    Segment,
+    attend,
+    by_rows,
+)
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Block, Params, Transformer, rotate
 from gsm_verifier.train.batch import Batch
@@ -265,6 +275,49 @@ def test_attention_survives_huge_logits_and_rows_that_see_nothing() -> None:
     )
     assert np.isfinite(out)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("T", [5, 2 * QUERY_BLOCK + 6])
+def test_attention_in_blocks_of_queries_is_attention_of_the_whole(T: int) -> None:
+    """Values and gradients; the rows see different things of what isn't later."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, T, 2, 2, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 2, T, 8)).astype(np.float32)
+    visible = np.tril(rng.random((2, T, T)) < 0.3) | np.eye(T, dtype=bool)
+
+    def in_blocks(*qkv: jax.Array) -> jax.Array:
+        return by_rows(*qkv, visible, scale=0.5, cap=2.0)
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, [Segment("BKSH", k, v, visible[:, None, :, None])], scale=0.5, cap=2.0)
+
+    results = []
+    for attention in (in_blocks, whole):
+        out, back = jax.vjp(jax.jit(attention), q, k, v)
+        results.append((out, back(jnp.asarray(q) + 1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), *results)
+
+
+def test_scale_and_cap_shape_the_logits_by_definition() -> None:
+    rng = np.random.default_rng(0)
+    q = 3 * rng.normal(size=(1, 4, 1, 1, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 1, 6, 8)).astype(np.float32)
+    for scale, cap in ((0.0, 0.0), (0.3, 0.0), (0.0, 1.5), (0.3, 1.5)):
+        logits = q[0, :, 0, 0] @ k[0, 0].T * (scale or 8**-0.5)
+        logits = cap * np.tanh(logits / cap) if cap else logits
+        weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        out = attend(jnp.asarray(q), [Segment("BKSH", k, v, True)], scale, cap)
+        np.testing.assert_allclose(out[0, :, 0, 0], weights @ v[0, 0], atol=1e-5)
+
+
+def test_a_window_counts_positions_not_places() -> None:
+    position_BT = np.array([[0, 1, 2, 3, 2, 3]])  # a question and two branches of it
+    visible = np.ones((1, 6, 6), bool)
+    for window, reach in ((2, 2), (1, 1), (0, 99)):
+        seen = Look(position_BT, jnp.int32(window)).near(visible, position_BT)
+        distance = position_BT[0][:, None] - position_BT[0]
+        np.testing.assert_array_equal(seen[0], distance < reach)
+    assert Look(position_BT).near(visible, position_BT) is visible
 
 
 def test_grouped_heads_are_shared_heads_repeated() -> None:

@@ -92,6 +92,29 @@ def test_host_arrays_go_to_the_mesh_and_come_back(make_mesh: MakeMesh) -> None:
         np.testing.assert_array_equal(sharding.to_host(array), host)
 
 
+def test_local_work_sees_a_devices_part_or_where_it_cannot_be_cut_the_whole(
+    make_mesh: MakeMesh,
+) -> None:
+    x = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+
+    def less_the_mean(x: jax.Array) -> jax.Array:  # it would notice other rows
+        return x - x.mean(0)
+
+    def local(x: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+        def function(x: jax.Array) -> jax.Array:
+            return sharding.local(less_the_mean, ("BH",), "BH", x)
+
+        if mesh is None:
+            return np.asarray(function(jnp.asarray(x)))
+        with jax.set_mesh(mesh):
+            return np.asarray(jax.jit(function)(sharding.to_global(mesh, (None, "H"), x)))
+
+    parts = np.concatenate([part - part.mean(0) for part in np.split(x, 4)])
+    np.testing.assert_allclose(local(x, make_mesh(2, 2, 2)), parts)
+    np.testing.assert_allclose(local(x, None), x - x.mean(0))
+    np.testing.assert_allclose(local(x[:6], make_mesh(2, 2, 2)), x[:6] - x[:6].mean(0))
+
+
 def test_constraints_bind_under_a_mesh_and_vanish_without(make_mesh: MakeMesh) -> None:
     config = make_config()
 

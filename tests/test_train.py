@@ -297,9 +297,7 @@ def test_question_loss_adds_the_questions_tokens() -> None:
         assert means["value"] == 0
 
 
-@pytest.mark.parametrize(
-    ("length", "chunk"), [(24, 24), (24, 1), (24, 8), (24, 7), (13, 5), (24, 999)]
-)
+@pytest.mark.parametrize(("length", "chunk"), [(24, 999), (24, 8), (24, 7), (13, 5)])
 def test_chunked_cross_entropy_is_plain_cross_entropy(length: int, chunk: int) -> None:
     """Values, and gradients of parameters and hidden states; 7 and 5 don't divide the length."""
     config = make_config()
