@@ -20,6 +20,12 @@ _STAGES = flags.DEFINE_list(
     "Stages to run, by commas: prepare, pretrain, finetune, sample, label, verify, score, rank, "
     "report. Default: all.",
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of many processes, which Cloud TPU, GKE or Slurm tell of each other."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Elsewhere: how many there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Elsewhere: which of them this is, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -31,12 +37,23 @@ def main(argv: list[str]) -> None:
 
     config = _CONFIG.value
     try:
+        if "://" in _WORKDIR.value:
+            raise ValueError(f"--workdir={_WORKDIR.value}: a folder is wanted; mount the bucket")
         if jax.config.jax_platforms in (None, "", "cpu"):
             jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
         if not jax.config.jax_compilation_cache_dir:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        if told.count(None) in (1, 2):
+            raise ValueError("--coordinator, --processes and --process go together")
+        if _DISTRIBUTED.value or None not in told:  # before anything asks for a device
+            wait = dict(heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)  # for the dead
+            try:
+                jax.distributed.initialize(*told, **wait)
+            except ValueError as error:
+                raise ValueError(f"{error} Give --coordinator, --processes, --process") from error
         from gsm_verifier import pipeline
         from gsm_verifier.stages import STAGES
 
