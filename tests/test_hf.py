@@ -103,6 +103,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             final_logit_softcapping=3.0,
         ),
     ),
+    "gemma2-all-see-all": ("Gemma2Config", GROUPED | dict(layer_types=["full_attention"] * 3)),
     "gemma3": (
         "Gemma3TextConfig",
         GROUPED
@@ -243,8 +244,11 @@ def own_model(family: str, mesh: Mesh, **changes: Any) -> tuple[ModelConfig, Par
     return config, params
 
 
+EXPORTED = {"gpt3": "gpt2", "gpt_neox": "gpt_neox", "llama": "llama", "gemma3": "gemma3_text"}
+
+
 @oracle
-@pytest.mark.parametrize(("family", "kind"), [("gpt3", "gpt2"), ("llama", "llama")])
+@pytest.mark.parametrize(("family", "kind"), EXPORTED.items())
 def test_a_model_from_scratch_exports(
     family: str, kind: str, transformers: Any, mesh: Mesh, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

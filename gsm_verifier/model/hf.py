@@ -313,7 +313,7 @@ def _settings(kind: str, model: ModelConfig) -> dict[str, Any]:
     if "layer_types" in form.defaults:
         windows = model.windows or (0,) * model.layers
         settings["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
-        settings["sliding_window"] = max(windows) or None
+        settings["sliding_window"] = max(windows) or form.defaults["sliding_window"]
         if "use_sliding_window" in form.defaults:
             settings["use_sliding_window"] = any(windows)
     return settings
