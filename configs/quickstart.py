@@ -59,7 +59,7 @@ def _pretrain(config: ConfigDict) -> None:
     config.data.difficulty = 2
     config.pretrain.update(
         epochs=1.0,
-        generated=80_000,
+        generated=130_000,
         learning_rate=3e-3,
         batch_tokens=8192,
         row_tokens=256,

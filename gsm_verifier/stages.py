@@ -285,17 +285,18 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
                 bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}", refresh=False)
 
 
-def _engine(run: Run, name: str, **changes: Any) -> Engine:
+def _engine(run: Run, name: str, completions: int, **changes: Any) -> Engine:
     options = run.config.sample
     slots = options.prompts * options.slots
+    each = min(options.slots, completions)  # more would idle
     return Engine(
         run.model,
         run.params(name),
         run.mesh,
         run.tokenizer,
         sampling_of(options, run.tokenizer.end, run.config.seed, slots, **changes),
-        prompts=options.prompts,
-        slots=options.slots,
+        prompts=slots // each,
+        slots=each,
         calculator=options.calculator,
     )
 
@@ -303,7 +304,7 @@ def _engine(run: Run, name: str, **changes: Any) -> Engine:
 def sample(run: Run) -> None:
     """Completions of the training problems by the generator (section 4.2)."""
     options = run.config.sample
-    engine = _engine(run, "generator")
+    engine = _engine(run, "generator", options.completions)
     train = run.problems("train")[: options.train_problems or None]
     _sample(run, engine, run.folder / "samples/train", train, options.completions)
     if options.heldout_completions:
@@ -383,9 +384,10 @@ def score(run: Run) -> None:
     options = run.config.sample
     test = run.problems("test")
     samples = run.folder / "samples"
-    _sample(run, _engine(run, "generator"), samples / "test", test, options.test_completions)
+    n = options.test_completions
+    _sample(run, _engine(run, "generator", n), samples / "test", test, n)
     baseline = "baseline" if run.config.baseline.epochs > 0 else "generator"
-    _sample(run, _engine(run, baseline, temperature=0.0), samples / "greedy", test, 1)
+    _sample(run, _engine(run, baseline, 1, temperature=0.0), samples / "greedy", test, 1)
     scorer = Scorer(
         run.judge.model,
         run.params("verifier"),

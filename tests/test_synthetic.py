@@ -15,7 +15,7 @@ from gsm_verifier.text import answers, calculator
 #   python -c "from tests.test_synthetic import digests; print(digests())"
 GOLDEN = {
     "problems": "509886de776803f9bf8e54cca2fc7eeef549cc19da346eab9016d4b83b17069b",
-    "documents": "c4a964446c52cb5fce6f18a9b9b55b4941174c29ecc539440ab3a7db4bfea5b3",
+    "documents": "7777b692df501ce2f0783fe1022e8fb86f54e40d0f151987d62ac40931cfc962",
 }
 
 

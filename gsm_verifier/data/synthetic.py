@@ -19,6 +19,7 @@ Levels of difficulty (the numbers are in `LEVELS`):
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -130,22 +131,25 @@ def generate(split: str, size: int, seed: int, difficulty: int = 2) -> list[Prob
 def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
     """Short texts from the same world, for the language model that fine-tuning starts from.
 
-    They teach the words, the copying of numbers, the annotations and single steps of arithmetic in
-    context, but no question is ever followed by its story or its solution, nor is any story worked
-    out to its end. A question mark occurs only in the first sentence of a document, while every
-    question of `generate` has a statement before it: so no document contains one.
+    They teach the words, the copying of numbers, the annotations, single steps of arithmetic in
+    context, and to tell a right step from a wrong one, but no question is ever followed by its
+    story or its solution, nor is any story worked out to its end. A question mark occurs only in
+    the first sentence of a document, while every question of `generate` has a statement before it:
+    so no document contains one.
     """
     dice = Dice(f"documents/{seed}/{difficulty}")
     for _ in range(size):
         u = dice.below(100)
-        if u < 18:
+        if u < 12:
             yield _drill(dice, LEVELS[difficulty].size)
-        elif u < 24:
+        elif u < 18:
             yield _copying(dice)
         else:
             scene, ask = _scene(dice, difficulty, (2, 8))
-            if u < 70:
+            if u < 48:
                 yield _one_step(scene)
+            elif u < 78:
+                yield _judged(scene)
             elif u < 90:
                 yield _retold(scene)
             else:
@@ -174,8 +178,8 @@ def _retold(scene: Scene) -> str:
     return f"{text} {scene.say(fact)} {scene.dice.pick(schemas.AGAIN)} {scene.say(fact)}"
 
 
-def _one_step(scene: Scene) -> str:
-    """What one or two steps of a longer solution rest on, told as known, and then these steps."""
+def _known(scene: Scene) -> tuple[str, list[str]]:
+    """One or two steps of a longer solution, and what they rest on, told as known."""
     dice, steps = scene.dice, scene.steps
     count = 1 + (len(steps) > 2 and dice.chance(0.3))
     first = dice.below(len(steps) - count + 1)
@@ -187,8 +191,41 @@ def _one_step(scene: Scene) -> str:
         if rule in shown or (not rule and said & parents):
             context.append(scene.say(phrasings, words=0.1))
     context += [scene.work(name, worked=False) for name in steps if name in parents]
-    lines = [" ".join(context)] if context else []
-    return "\n".join([*lines, *(scene.work(name) for name in shown)])
+    return " ".join(context), shown
+
+
+def _one_step(scene: Scene) -> str:
+    """Something known, and the one or two steps that rest on it."""
+    known, shown = _known(scene)
+    return "\n".join([*([known] if known else []), *(scene.work(name) for name in shown)])
+
+
+def _judged(scene: Scene) -> str:
+    """Something known, and tries at the steps that rest on it, each called right or wrong."""
+    known, shown = _known(scene)
+    lines = [known] if known else []
+    for _ in range(3 + scene.dice.below(3)):
+        line = scene.work(scene.dice.pick(shown))
+        spoilt = _spoil(line, known, scene.dice) if scene.dice.chance(0.5) else line
+        lines.append(f"{spoilt} {'Right' if spoilt == line else 'Wrong'}.")
+    return "\n".join(lines)
+
+
+def _spoil(line: str, known: str, dice: Dice) -> str:
+    """A step with another number or sign in its expression, rightly calculated."""
+    (expression, result), *_ = calculator.annotations(line)
+    numbers = [*re.findall(r"\d+", known), str(1 + dice.below(30))]
+    places = list(re.finditer(r"\d+(?:\.\d+)?|[-+*/]", expression))
+    place = dice.pick(places)
+    if place[0] in "+-*/":
+        other = dice.pick([sign for sign in "+-*" if sign != place[0]])
+    else:
+        other = dice.pick([*numbers, place[0] + str(dice.below(10)), place[0][1:] or "1"])
+    wrong = expression[: place.start()] + other + expression[place.end() :]
+    value = calculator.evaluate(wrong)
+    if value is None or value == result or value.startswith("-"):
+        return line
+    return line.replace(expression, wrong).replace(f"={result}>>{result}", f"={value}>>{value}")
 
 
 def _drill(dice: Dice, size: float) -> str:
