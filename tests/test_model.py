@@ -19,7 +19,7 @@ from gsm_verifier.data.packing import FIELDS, Branch, Tree
 from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import (
     HIDDEN,
-    QUERY_BLOCK,
+    LEAST_BLOCK,
     BranchCache,
     Branches,
     Look,
@@ -277,7 +277,7 @@ def test_attention_survives_huge_logits_and_rows_that_see_nothing() -> None:
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("T", [5, 2 * QUERY_BLOCK + 6])
+@pytest.mark.parametrize("T", [5, 2 * LEAST_BLOCK + 6])
 def test_attention_in_blocks_of_queries_is_attention_of_the_whole(T: int) -> None:
     """Values and gradients; the rows see different things of what isn't later."""
     rng = np.random.default_rng(0)
