@@ -136,9 +136,7 @@ class Attention(nn.Module):
             k_BTKH = Norm(c, "H", c.head_size, name="k_norm")(k_BTKH)
         if c.positions == "rope":
             rope = (c.rope_theta, stretch(c))
-            if (
-                c.windows and c.window_theta
-            ):  # a layer with a window has a base of its own, and no scaling
+            if c.windows and c.window_theta:  # layers with a window: another base, no scaling
                 rope = tuple(
                     jnp.where(window == 0, *pair)
                     for pair in zip(rope, (c.window_theta, 1.0), strict=True)
