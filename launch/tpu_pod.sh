@@ -1,0 +1,245 @@
+#!/usr/bin/env bash
+# Run gsm_verifier on a Cloud TPU slice of one or many hosts. See usage below.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION...] [-- FLAG...]
+
+  create    make the slice, or reuse the one of that name; a preempted one is made anew
+  install   copy this checkout's last commit to all workers and install it; mount the work directory
+  run       start `python -m gsm_verifier.main --distributed FLAG...` on all workers
+  logs      follow the log of worker 0
+  stop      end what `run` started
+  delete    delete the slice, with its disks
+  up        create, stop, install, run; again after a preemption, until the run is finished
+
+  --name=NAME, --zone=ZONE   the slice; [--project=PROJECT]: else gcloud's default
+  --type=TYPE                accelerator type (default v5litepod-16: 16 chips, 4 hosts)
+  --version=VERSION          runtime version (default v2-alpha-tpuv5-lite)
+  --spot                     cheaper, and can be preempted at any time
+  --nfs=HOST:/SHARE          mounted on all workers at /mnt/runs: for --workdir=/mnt/runs/<run>
+  --repo=URL                 workers clone this instead of being sent a copy
+  --poll=SECONDS             between two looks of `up` (default 60)
+  --tries=N                  failed runs of `up` on a healthy slice before it gives up (default 3)
+  --dry-run                  print every gcloud command instead of running it
+
+FLAG... are those of gsm_verifier.main: --config and --workdir at least. The work directory must be
+a folder that all workers see.
+EOF
+}
+
+fail() {
+    echo "tpu_pod.sh: $*" >&2
+    exit 2
+}
+
+verb=${1:-}
+case $verb in
+    create | install | run | logs | stop | delete | up) shift ;;
+    -h | --help | help) usage && exit 0 ;;
+    *) usage >&2 && exit 2 ;;
+esac
+
+name='' zone='' project='' nfs='' repo='' spot='' dry_run=''
+type=v5litepod-16 version=v2-alpha-tpuv5-lite poll=60 tries=3
+while (($#)); do
+    case $1 in
+        --name=*) name=${1#*=} ;;
+        --zone=*) zone=${1#*=} ;;
+        --project=*) project=${1#*=} ;;
+        --type=*) type=${1#*=} ;;
+        --version=*) version=${1#*=} ;;
+        --nfs=*) nfs=${1#*=} ;;
+        --repo=*) repo=${1#*=} ;;
+        --poll=*) poll=${1#*=} ;;
+        --tries=*) tries=${1#*=} ;;
+        --spot) spot=1 ;;
+        --dry-run) dry_run=1 ;;
+        --) shift && break ;;
+        *) fail "unknown option $1; see --help" ;;
+    esac
+    shift
+done
+flags=("$@")
+[[ -n $name && -n $zone ]] || fail "--name and --zone are needed"
+if [[ $verb == run || $verb == up ]]; then
+    [[ " ${flags[*]}" == *" --config="* && " ${flags[*]}" == *" --workdir="* ]] ||
+        fail "give gsm_verifier.main's --config=... and --workdir=... after --"
+    [[ " ${flags[*]}" != *" --workdir=gs://"* ]] || fail "--workdir is a folder: see --nfs"
+fi
+
+# Every gcloud command goes through here, and is shown.
+call() {
+    { printf '+ gcloud' && printf ' %q' "$@" && echo; } >&2
+    [[ -n $dry_run ]] || gcloud "$@"
+}
+
+tpu() {
+    local what=$1
+    shift
+    call compute tpus tpu-vm "$what" "$@" --zone="$zone" ${project:+--project="$project"} --quiet
+}
+
+# remote WORKER COMMAND
+remote() {
+    tpu ssh "$name" --worker="$1" --command="$2"
+}
+
+# READY, PREEMPTED ..., or ABSENT. What isn't known, such as a failing network, is an error.
+state() {
+    local errors found
+    errors=$(mktemp)
+    if found=$(tpu describe "$name" --format='value(state)' 2> "$errors"); then
+        found=${found:-ABSENT} # as in a dry run
+    elif grep -q NOT_FOUND "$errors"; then
+        found=ABSENT
+    else
+        found=''
+    fi
+    cat "$errors" >&2
+    rm "$errors"
+    [[ -n $found ]] && echo "$found"
+}
+
+make_slice() {
+    tpu create "$name" --accelerator-type="$type" --version="$version" ${spot:+--spot}
+}
+
+create() {
+    local now
+    while true; do
+        now=$(state) || return 1
+        case $now in
+            READY) return 0 ;;
+            ABSENT)
+                make_slice
+                return
+                ;;
+            PREEMPTED | TERMINATED) tpu delete "$name" && make_slice && return 0 || return 1 ;;
+            CREATING | STARTING | RESTARTING | REPAIRING | DELETING) sleep "$poll" ;;
+            *)
+                echo "tpu_pod.sh: $name is $now: start it, or delete it" >&2
+                return 1
+                ;;
+        esac
+    done
+}
+
+# In the home directory. The runtime's own Python is older than the 3.11 that is needed: uv brings one.
+SETUP='python3 -m pip install --quiet --user uv
+test -d venv || ~/.local/bin/uv venv --quiet --python=3.11 venv
+~/.local/bin/uv pip install --quiet --python=venv/bin/python --editable "./gsm_verifier[tpu]"'
+
+# shellcheck disable=SC2016  # expands on the workers
+CLONE='git init --quiet gsm_verifier
+git -C gsm_verifier fetch --quiet --depth=1 "$REPO" "$COMMIT"
+git -C gsm_verifier checkout --quiet --force --detach FETCH_HEAD'
+
+# shellcheck disable=SC2016
+MOUNT='command -v mount.nfs > /dev/null || sudo apt-get install --quiet --yes nfs-common
+sudo mkdir -p /mnt/runs
+mountpoint -q /mnt/runs || sudo mount -t nfs "$NFS" /mnt/runs
+test -w /mnt/runs || sudo chmod a+rwx /mnt/runs'
+
+install() {
+    local here commit folder what
+    here=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel) || return 1
+    commit=$(git -C "$here" rev-parse HEAD) || return 1
+    [[ -z $(git -C "$here" status --porcelain --untracked-files=no) ]] ||
+        echo "tpu_pod.sh: changes that aren't committed stay here" >&2
+    if [[ -n $repo ]]; then
+        what=$(printf 'REPO=%q COMMIT=%q\n%s' "$repo" "$commit" "$CLONE")
+    else
+        # With its .git, so that results carry the commit that made them.
+        folder=$(mktemp -d)
+        git clone --quiet --depth=1 "file://$here" "$folder/gsm_verifier" &&
+            tar -czf "$folder/gsm_verifier.tgz" -C "$folder" gsm_verifier &&
+            tpu scp "$folder/gsm_verifier.tgz" "$name:gsm_verifier.tgz" --worker=all || return 1
+        rm -rf "$folder"
+        what='rm -rf gsm_verifier
+tar -xzf gsm_verifier.tgz'
+    fi
+    [[ -z $nfs ]] || what=$(printf 'NFS=%q\n%s\n%s' "$nfs" "$MOUNT" "$what")
+    remote all "set -eu
+$what
+$SETUP"
+}
+
+run() {
+    local inner
+    inner="$(printf '%q ' ../venv/bin/python -m gsm_verifier.main --distributed "${flags[@]}")"
+    # The exit code is left in a file for `up`; a process group of its own lets `stop` end it all.
+    inner="$inner; echo \$? > ~/run.exit"
+    remote all "set -eu
+cd gsm_verifier
+if test -f ~/run.pid && kill -0 -- \"-\$(cat ~/run.pid)\" 2> /dev/null; then
+    echo 'a run is going on: stop it first' >&2
+    exit 1
+fi
+rm -f ~/run.exit
+nohup setsid bash -c $(printf %q "$inner") >> ~/run.log 2>&1 < /dev/null &
+echo \$! > ~/run.pid"
+}
+
+logs() {
+    remote 0 'tail -n 100 -F run.log'
+}
+
+# shellcheck disable=SC2016
+stop() {
+    remote all 'test ! -f run.pid || kill -- "-$(cat run.pid)" 2> /dev/null || true; rm -f run.pid'
+}
+
+# Returns 0 when the run has finished, 1 when it failed, 3 when the slice is gone.
+watch_run() {
+    local now code
+    while true; do
+        [[ -n $dry_run ]] || sleep "$poll"
+        now=$(state) || continue # look again: it says nothing about the slice
+        [[ -n $dry_run || $now == READY ]] || return 3
+        code=$(remote 0 'cat run.exit 2> /dev/null || echo running') || continue
+        case $code in
+            0 | '') return 0 ;;
+            running) ;;
+            *)
+                # Losing one host fails the others before the slice is said to be preempted.
+                sleep "$poll"
+                now=$(state) && [[ $now != READY ]] && return 3
+                remote 0 'tail -n 30 run.log' >&2 || true
+                return 1
+                ;;
+        esac
+    done
+}
+
+up() {
+    local failed=0 code
+    while true; do
+        until create; do
+            [[ -n $spot ]] || return 1
+            echo "tpu_pod.sh: no slice yet; trying again" >&2
+            sleep "$poll"
+        done
+        code=0
+        { stop && install && run && watch_run; } || code=$?
+        case $code in
+            0)
+                echo "finished; the slice still costs: launch/tpu_pod.sh delete ..." >&2
+                return 0
+                ;;
+            3) echo "tpu_pod.sh: $name was preempted; starting again" >&2 ;;
+            *)
+                failed=$((failed + 1))
+                ((failed < tries)) || return 1
+                echo "tpu_pod.sh: failed $failed time(s); the run resumes" >&2
+                sleep "$poll"
+                ;;
+        esac
+    done
+}
+
+case $verb in
+    delete) tpu delete "$name" ;;
+    *) "$verb" ;;
+esac

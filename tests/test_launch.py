@@ -1,0 +1,573 @@
+"""launch/: scripts run against stand-ins of the programs they call, files parsed, commands checked.
+
+The stand-in of gcloud runs what is sent to the workers in a folder that plays their home.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAUNCH = REPOSITORY / "launch"
+MAIN_FLAGS = ["--config=configs/gsm8k.py:tiny", "--workdir=/mnt/runs/a b"]
+SLICE = ["--name=gsm", "--zone=z"]
+
+RECORD = """#!{python}
+import json, os, sys
+with open(os.environ["FAKE"] + "/calls", "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+# The slice's state is a file; a worker is a folder.
+GCLOUD = """
+import pathlib, shutil, subprocess
+fake = pathlib.Path(os.environ["FAKE"])
+state, home = fake / "state", fake / "home"
+assert sys.argv[1:4] == ["compute", "tpus", "tpu-vm"], sys.argv
+verb = sys.argv[4]
+names = [word for word in sys.argv[5:] if not word.startswith("--")]
+flags = dict(word.split("=", 1) for word in sys.argv[5:] if "=" in word and word[:2] == "--")
+if verb == "describe":
+    if (fake / "offline").exists():
+        sys.exit("ERROR: (gcloud) the network is unreachable")
+    if not state.exists():
+        sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: no such node")
+    print(state.read_text())
+elif verb == "create":
+    assert not state.exists()
+    state.write_text("READY")
+    shutil.copytree(fake / "image", home)
+elif verb == "delete":
+    state.unlink()
+    shutil.rmtree(home)
+elif verb == "scp":
+    shutil.copy(names[0], home / names[1].split(":")[1])
+elif verb == "ssh":
+    done = subprocess.run(
+        ["bash", "-c", flags["--command"]], cwd=home, env=os.environ | {"HOME": str(home)}
+    )
+    sys.exit(done.returncode)
+else:
+    sys.exit(f"no verb {verb}")
+"""
+# Of the worker: makes an environment whose Python plays the run.
+UV = """
+import pathlib, stat
+if sys.argv[1] == "venv":
+    python = pathlib.Path(sys.argv[-1]) / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(open(os.environ["FAKE"] + "/run.py").read())
+    python.chmod(0o755)
+"""
+RUN = """
+import pathlib, time
+fake = pathlib.Path(os.environ["FAKE"])
+before = sum('"gsm_verifier.main"' in line for line in (fake / "calls").read_text().splitlines())
+outcomes = os.environ.get("OUTCOMES", "0").split()
+outcome = outcomes[min(before, len(outcomes)) - 1]
+print("run", before, outcome, flush=True)
+if outcome == "preempted":
+    (fake / "state").write_text("PREEMPTED")
+    sys.exit(1)
+if outcome == "hangs":
+    time.sleep(600)
+sys.exit(int(outcome))
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A machine with stand-ins on PATH, and what they were called with."""
+    programs = tmp_path / "bin"
+    record = RECORD.format(python=sys.executable)
+
+    def program(path: Path, body: str = "") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record + body)
+        path.chmod(0o755)
+
+    program(programs / "gcloud", GCLOUD)
+    for name in ("sudo", "python3", "srun", "sky", "apptainer"):
+        program(programs / name)
+    program(
+        programs / "sbatch",
+        """
+script = next(i for i, word in enumerate(sys.argv) if word.endswith(".sh"))
+os.environ |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": os.getcwd()}
+os.execvp("bash", ["bash", *sys.argv[script:]])
+""",
+    )
+    program(tmp_path / "image" / ".local" / "bin" / "uv", UV)
+    program(tmp_path / "run.py", RUN)
+    environment = os.environ | {
+        "FAKE": str(tmp_path),
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }
+    for name in ("MODULES", "VENV", "CONTAINER", "SLURM_JOB_ID"):
+        environment.pop(name, None)
+
+    def call(*command: str, **changes: str) -> SimpleNamespace:
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=environment | changes,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+    def calls(name: str) -> list[list[str]]:
+        path = tmp_path / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [words[1:] for words in map(json.loads, lines) if words[0] == name]
+
+    home = tmp_path / "home"
+    yield SimpleNamespace(call=call, calls=calls, folder=tmp_path, home=home)
+    if (home / "run.pid").exists():
+        call("bash", "-c", f"kill -- -$(cat {shlex.quote(str(home / 'run.pid'))})")
+
+
+def pod(world: SimpleNamespace, verb: str, *words: str, **changes: str) -> SimpleNamespace:
+    return world.call("launch/tpu_pod.sh", verb, *SLICE, *words, **changes)
+
+
+def verbs(world: SimpleNamespace) -> list[str]:
+    return [words[3] for words in world.calls("gcloud")]
+
+
+def runs(world: SimpleNamespace) -> list[list[str]]:
+    """The flags of gsm_verifier.main in each of the runs on the worker."""
+    found = [words for words in world.calls("python") if "gsm_verifier.main" in words]
+    assert all(words[:2] == ["-m", "gsm_verifier.main"] for words in found)
+    return [words[2:] for words in found]
+
+
+# Cloud TPU
+
+
+def test_up_makes_the_slice_installs_this_commit_and_runs_to_the_end(world) -> None:
+    flags = ["--project=p", "--spot", "--poll=0.05", "--"]
+    done = pod(world, "up", *flags, *MAIN_FLAGS)
+    assert done.code == 0, done.err
+    assert verbs(world)[:4] == ["describe", "create", "ssh", "scp"]
+    assert verbs(world).count("create") == 1
+    create = next(words for words in world.calls("gcloud") if words[3] == "create")
+    assert create[4] == "gsm"
+    for flag in ("--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"):
+        assert flag in create
+    for words in world.calls("gcloud"):
+        assert {"--zone=z", "--project=p", "--quiet"} <= set(words)
+    assert runs(world) == [["--distributed", *MAIN_FLAGS]]
+    assert world.home.joinpath("run.exit").read_text().strip() == "0"
+    head = ["git", "rev-parse", "HEAD"]
+    commits = [
+        subprocess.run(head, cwd=folder, capture_output=True, text=True, check=True).stdout
+        for folder in (REPOSITORY, world.home / "gsm_verifier")
+    ]
+    assert commits[0] == commits[1]
+
+
+def test_up_starts_again_after_a_preemption_on_a_new_slice(world) -> None:
+    done = pod(world, "up", "--poll=0.05", "--", *MAIN_FLAGS, OUTCOMES="preempted 0")
+    assert done.code == 0, done.err
+    assert verbs(world).count("create") == 2
+    assert verbs(world).count("delete") == 1
+    assert runs(world) == [["--distributed", *MAIN_FLAGS]] * 2
+    assert "was preempted" in done.err
+
+
+def test_up_tries_a_failing_run_again_and_gives_up_with_its_log(world) -> None:
+    done = pod(world, "up", "--poll=0.05", "--tries=2", "--", *MAIN_FLAGS, OUTCOMES="1")
+    assert done.code == 1
+    assert len(runs(world)) == 2
+    assert verbs(world).count("create") == 1
+    assert "run 2 1" in done.out + done.err
+
+
+def test_run_refuses_a_second_run_until_it_is_stopped(world) -> None:
+    assert pod(world, "create").code == 0
+    assert pod(world, "install").code == 0
+    assert pod(world, "run", "--", *MAIN_FLAGS, OUTCOMES="hangs").code == 0
+    again = pod(world, "run", "--", *MAIN_FLAGS)
+    assert again.code == 1
+    assert "stop it first" in again.err
+    assert pod(world, "stop").code == 0
+    assert pod(world, "stop").code == 0
+    third = pod(world, "run", "--", *MAIN_FLAGS)
+    assert third.code == 0, third.err
+
+
+@pytest.mark.parametrize(
+    ("state", "wanted"),
+    [
+        (None, ["describe", "create"]),
+        ("READY", ["describe"]),
+        ("PREEMPTED", ["describe", "delete", "create"]),
+        ("STOPPED", ["describe"]),
+    ],
+)
+def test_create_reuses_what_is_there(world, state: str | None, wanted: list[str]) -> None:
+    if state:
+        world.home.mkdir()
+        (world.folder / "state").write_text(state)
+    done = pod(world, "create")
+    assert verbs(world) == wanted
+    assert (done.code == 0) == (state != "STOPPED")
+
+
+def test_a_failing_network_is_not_a_missing_slice(world) -> None:
+    (world.folder / "offline").touch()
+    done = pod(world, "create")
+    assert done.code == 1
+    assert verbs(world) == ["describe"]
+    assert "unreachable" in done.err
+
+
+def test_install_mounts_the_work_directory_and_can_clone(world) -> None:
+    assert pod(world, "create").code == 0
+    done = pod(world, "install", "--nfs=10.0.0.2:/share", f"--repo={REPOSITORY}")
+    assert done.code == 0, done.err
+    assert "scp" not in verbs(world)
+    assert ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/runs"] in world.calls("sudo")
+    assert (world.home / "gsm_verifier" / "setup.py").is_file()
+
+
+def test_logs_follow_worker_0_and_delete_deletes(world) -> None:
+    for verb in ("logs", "delete"):
+        assert pod(world, verb, "--dry-run").code == 0
+    assert not world.calls("gcloud")
+    logs, delete = (pod(world, verb, "--dry-run").err for verb in ("logs", "delete"))
+    assert "--worker=0" in logs
+    assert "run.log" in logs
+    assert delete == "+ gcloud compute tpus tpu-vm delete gsm --zone=z --quiet\n"
+
+
+def test_a_dry_run_shows_every_command_and_runs_none(world) -> None:
+    done = pod(world, "up", "--spot", "--nfs=h:/s", "--dry-run", "--", *MAIN_FLAGS)
+    assert done.code == 0, done.err
+    assert not world.calls("gcloud")
+    shown = [line.split()[5] for line in done.err.splitlines() if line[:2] == "+ "]
+    assert set(shown) == {"create", "describe", "scp", "ssh"}
+    assert "mount -t nfs" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], "usage:"),
+        (["start"], "usage:"),
+        (["create", "--zone=z"], "--name and --zone"),
+        (["create", *SLICE, "--size=3"], "unknown option --size=3"),
+        (["run", *SLICE], "--config"),
+        (["run", *SLICE, "--", "--config=c"], "--workdir"),
+        (["up", *SLICE, "--", "--config=c", "--workdir=gs://b/r"], "--nfs"),
+    ],
+    ids=str,
+)
+def test_wrong_words_are_refused_before_any_command(world, words: list[str], names: str) -> None:
+    done = world.call("launch/tpu_pod.sh", *words)
+    assert done.code == 2
+    assert names in done.err
+    assert not world.calls("gcloud")
+
+
+def test_help_names_every_command_and_option(world) -> None:
+    text = (LAUNCH / "tpu_pod.sh").read_text()
+    done = world.call("launch/tpu_pod.sh", "--help")
+    assert done.code == 0
+    for option in re.findall(r"^        (--[a-z-]+)(?:=\*)?\)", text, re.MULTILINE):
+        assert option in done.out
+    for verb in ("create", "install", "run", "logs", "stop", "delete", "up"):
+        assert re.search(rf"^  {verb} ", done.out, re.MULTILINE)
+
+
+# Slurm
+
+
+def test_slurm_starts_one_process_per_gpu(world) -> None:
+    done = world.call("sbatch", "launch/slurm.sh", *MAIN_FLAGS, VENV="nowhere")
+    assert done.code == 0, done.err
+    main = ["python", "-m", "gsm_verifier.main", "--distributed", *MAIN_FLAGS]
+    assert world.calls("srun") == [["--kill-on-bad-exit=1", *main]]
+    options = dict(
+        re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", (LAUNCH / "slurm.sh").read_text(), re.M)
+    )
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert "gpus-per-task" not in options
+    assert "requeue" in options
+
+
+def test_slurm_in_containers_and_environments(world) -> None:
+    python = world.folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    for changes in (
+        {"VENV": str(world.folder / "venv")},
+        {"CONTAINER": "image.sif"},
+        {"CONTAINER": "image.sqsh"},
+    ):
+        assert world.call("sbatch", "launch/slurm.sh", *MAIN_FLAGS, **changes).code == 0
+    plain, apptainer, pyxis = world.calls("srun")
+    assert plain[1] == str(python)
+    assert apptainer[1:4] == ["apptainer", "exec", "--nv"]
+    assert "image.sif" in apptainer
+    assert "--container-image=image.sqsh" in pyxis
+    assert all(words[-len(MAIN_FLAGS) :] == MAIN_FLAGS for words in (plain, apptainer, pyxis))
+
+
+def test_slurm_outside_of_a_job_or_without_flags_says_how(world) -> None:
+    assert "sbatch" in world.call("launch/slurm.sh", *MAIN_FLAGS).err
+    assert world.call("sbatch", "launch/slurm.sh").code == 2
+    assert "usage:" in world.call("launch/slurm.sh", "--help").out
+    assert not world.calls("srun")
+
+
+# Kubernetes and SkyPilot
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((LAUNCH / name).read_text()))
+
+
+def test_the_gke_manifest_starts_a_process_on_every_host_of_the_slice() -> None:
+    claim, jobset = documents("gke.yaml")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert (jobset["kind"], jobset["apiVersion"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2")
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["backoffLimit"] == 0
+    pod_spec = job["template"]["spec"]
+    (container,) = pod_spec["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"]["google.com/tpu"] == chips
+    topology = pod_spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    size = math.prod(map(int, topology.split("x")))
+    assert job["parallelism"] == job["completions"] == size // chips
+    (volume,) = pod_spec["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (mount,) = container["volumeMounts"]
+    assert mount["name"] == volume["name"]
+    (script,) = container["args"]
+    assert f'--workdir="{mount["mountPath"]}/$RUN"' in script
+    assert "--distributed" in script
+    given = {entry["name"] for entry in container["env"]}
+    assert set(re.findall(r"\$(\w+)", script)) <= given
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rank", "wanted"),
+    [
+        ("1", "0", []),
+        ("2", "1", ["--coordinator=10.0.0.1:8476", "--processes=2", "--process=1"]),
+    ],
+)
+def test_skypilots_nodes_meet_at_the_first(world, nodes: str, rank: str, wanted: list[str]) -> None:
+    (task,) = documents("sky.yaml")
+    python = world.folder / "nodes_home" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    shutil.copy(world.folder / "run.py", python)
+    environment = {key: str(value) for key, value in task["envs"].items()}
+    environment |= {"FLAGS": "--stages=prepare --config.seed=1", "HOME": str(python.parents[2])}
+    environment |= {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NODE_RANK": rank}
+    done = world.call(
+        "bash", "-c", task["run"], SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", **environment
+    )
+    assert done.code == 0, done.err
+    (flags,) = runs(world)
+    run = ["--config=configs/gsm8k.py:tiny", "--workdir=/mnt/runs/gsm8k-tiny"]
+    assert flags == [*wanted, *run, "--stages=prepare", "--config.seed=1"]
+    assert task["envs"]["RUNS"] in task["file_mounts"]
+    assert set(re.findall(r"\$([A-Z]+)\b", task["run"])) <= set(task["envs"])
+
+
+# All of them
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck isn't installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    scripts = sorted(LAUNCH.glob("*.sh"))
+    assert len(scripts) == 2
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (task,) = documents("sky.yaml")
+    (container,) = documents("gke.yaml")[1]["spec"]["replicatedJobs"][0]["template"]["spec"][
+        "template"
+    ]["spec"]["containers"]
+    for script in (task["setup"], task["run"], container["args"][0]):
+        # FLAGS is meant to be split into words.
+        done = subprocess.run(
+            ["shellcheck", "--shell=bash", "--exclude=SC2086", "-"],
+            input=script,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_scripts_are_strict_and_executable() -> None:
+    for script in LAUNCH.glob("*.sh"):
+        assert os.access(script, os.X_OK)
+        assert "\nset -euo pipefail\n" in script.read_text()
+
+
+def commands() -> list[str]:
+    """The command lines quoted in launch/README.md, and in the heads of the YAML files."""
+    readme = re.findall(r"```bash\n(.*?)```", (LAUNCH / "README.md").read_text(), re.DOTALL)
+    heads = [
+        line.removeprefix("#").strip()
+        for name in ("gke.yaml", "sky.yaml")
+        for line in (LAUNCH / name).read_text().splitlines()
+        if line.startswith("#   ")
+    ]
+    lines = [line for block in readme for line in block.splitlines()] + heads
+    return list(dict.fromkeys(re.sub(r"\s+# .*$", "", line) for line in lines if line.strip()))
+
+
+COMMANDS = commands()
+
+
+def check_main_flags(flags: list[str]) -> None:
+    """Flags of gsm_verifier.main: they exist, and the config file and its keys do."""
+    text = (REPOSITORY / "gsm_verifier" / "main.py").read_text()
+    known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text))
+    assert {"config", "workdir", "distributed", "coordinator", "processes", "process"} <= known
+    from gsm_verifier.config import default, leaves
+
+    for flag in flags:
+        name = flag.removeprefix("--").split("=")[0]
+        if name.startswith("config."):
+            assert name.removeprefix("config.") in leaves(default()), flag
+            continue
+        assert name in known, flag
+        if name == "config":
+            assert (REPOSITORY / flag.split("=")[1].split(":")[0]).is_file(), flag
+
+
+def test_the_readme_speaks_of_every_file_and_every_kind_of_command() -> None:
+    readme = (LAUNCH / "README.md").read_text()
+    for path in LAUNCH.iterdir():
+        assert path.name == "README.md" or f"`{path.name}`" in readme
+    first = {next(word for word in shlex.split(c) if "=" not in word) for c in COMMANDS}
+    assert first == {"launch/tpu_pod.sh", "kubectl", "sky", "sbatch", "python"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_quoted_command_parses(world, command: str) -> None:
+    words = shlex.split(command)
+    variables = {}
+    while "=" in words[0] and not words[0].startswith("-"):
+        name, _, variables[name] = words.pop(0).partition("=")
+    program, *rest = words
+    if program == "python":
+        assert rest[:2] == ["-m", "gsm_verifier.main"]
+        check_main_flags(rest[2:])
+    elif program == "launch/tpu_pod.sh":
+        if "--dry-run" not in rest:
+            rest.insert(1, "--dry-run")
+        done = world.call(program, *rest)
+        assert done.code == 0, done.err
+        assert "+ gcloud" in done.err
+        if "--" in rest:
+            check_main_flags(rest[rest.index("--") + 1 :])
+    elif program == "sbatch":
+        at = rest.index("launch/slurm.sh")
+        known = (LAUNCH / "slurm.sh").read_text()
+        assert all(f"#SBATCH {word.split('=')[0]}" in known for word in rest[:at])
+        assert all(f"  {name}=" in known for name in variables)
+        check_main_flags(rest[at + 1 :])
+        variables.pop("MODULES", None)  # `module` is a function of clusters
+        assert world.call(program, *rest, **variables).code == 0
+        assert world.calls("srun")
+    elif program == "sky":
+        (task,) = documents("sky.yaml")
+        assert rest[0] in {"launch", "logs", "down"} or rest[:2] == ["jobs", "launch"]
+        if "launch" in rest:
+            assert "launch/sky.yaml" in rest
+            given = [after for word, after in itertools.pairwise(rest) if word == "--env"]
+            assert {entry.split("=")[0] for entry in given} <= set(task["envs"])
+    else:
+        assert program == "kubectl"
+        name = documents("gke.yaml")[1]["metadata"]["name"]
+        assert rest[0] in {"apply", "logs", "delete"}
+        assert rest == ["apply", "-f", "launch/gke.yaml"] or any(name in word for word in rest)
+
+
+# The flags of gsm_verifier.main
+
+MEET = """
+import sys
+from absl import app, flags
+from gsm_verifier import main, pipeline
+
+def instead(config, folder, names):
+    import jax
+    print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count())
+
+pipeline.run_stages = instead
+flags.mark_flags_as_required(["config", "workdir"])
+app.run(main.main)
+"""
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    config = ["--config=configs/quickstart.py:tiny", "--config.mesh.cpu_devices=2"]
+    return subprocess.Popen(
+        [sys.executable, "-c", MEET, *config, f"--workdir={folder}", *flags],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_meet_and_see_each_others_devices(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    both = [start(tmp_path, *meet, f"--process={i}") for i in (0, 1)]
+    try:
+        for index, process in enumerate(both):
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err
+            assert out.split() == [str(index), "2", "4", "2"]
+    finally:
+        for process in both:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--process=0"], "go together"),
+        (["--distributed"], "--coordinator"),
+        (["--coordinator=127.0.0.1:9", "--processes=2", "--process=2"], "process_id"),
+        (["--workdir=gs://bucket/run"], "gs://bucket/run"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_flags_that_do_not_fit_are_one_line(flags: list[str], names: str, tmp_path: Path) -> None:
+    process = start(tmp_path / "run", *flags)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert err.startswith("gsm_verifier: ")
+    assert names in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not out
+    assert not (tmp_path / "run").exists()
