@@ -77,11 +77,12 @@ class Checkpoints:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def save(self, step: int, tree: Any, meta: dict[str, Any] | None = None) -> None:
-        """Save and wait until it is on disk."""
+        """Save and wait until it is on disk; what a killed run left at the step is replaced."""
         self._checkpointer.save(
             step,
             by_name(tree),
             force=True,
+            overwrite=True,
             custom_metadata={"hashes": hashes(tree), "meta": meta or {}},
         )
 

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
-from gsm_verifier import records
+from gsm_verifier import pipeline, records
 from gsm_verifier.data import problems
 from gsm_verifier.records import Completion, Label, Score
 from gsm_verifier.text import answers
@@ -69,6 +70,11 @@ def finished(tmp_path_factory, environment) -> SimpleNamespace:
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+def config_of(folder: Path) -> ConfigDict:
+    """The config a run was made with."""
+    return ConfigDict(json.loads((folder / "config.json").read_bytes()))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -206,24 +212,38 @@ def test_a_finished_run_is_left_alone(finished, environment) -> None:
 @pytest.mark.parametrize(
     ("key", "old", "new"),
     [
-        ("seed", "0", "1"),
-        ("data.train_size", "24", "25"),
-        ("sample.temperature", "0.7", "0.9"),
-        ("report.problems", "40", "3"),
+        ("seed", "0", 1),
+        ("data.train_size", "24", 25),
+        ("model.layers", "2", 3),
+        ("sample.temperature", "0.7", 0.9),
+        ("verify.level", "'token'", "solution"),
+        ("report.problems", "40", 3),
     ],
 )
 def test_a_changed_config_is_refused_with_old_and_new(
-    key: str, old: str, new: str, finished, environment
+    key: str, old: str, new: Any, finished
 ) -> None:
     """Whichever stage reads the key, and whichever stages are asked for."""
     before = state_of(finished.folder), (finished.folder / "config.json").read_bytes()
-    done = run_main(finished.folder, environment, f"--config.{key}={new}")
-    assert done.code == 1
-    assert f"{finished.folder} was made with another config" in done.err
-    assert f"{key} was {old} and is now {new}" in done.err
-    assert "--workdir" in done.err
-    assert len(done.err.strip().splitlines()) == 1
+    config = config_of(finished.folder)
+    config.update_from_flattened_dict({key: new})
+    for names in (STAGES, ["report"]):
+        with pytest.raises(ValueError, match="was made with another config") as error:
+            pipeline.run_stages(config, finished.folder, names)
+        message = str(error.value)
+        assert message.startswith(
+            f"{finished.folder} was made with another config: {key} was {old}"
+        )
+        assert f"{key} was {old} and is now {new!r}. Use another --workdir" in message
+        assert "\n" not in message
     assert (state_of(finished.folder), (finished.folder / "config.json").read_bytes()) == before
+
+
+def test_the_command_line_tells_of_a_changed_config_in_one_line(finished, environment) -> None:
+    done = run_main(finished.folder, environment, "--config.sample.temperature=0.9")
+    assert done.code == 1
+    assert "sample.temperature was 0.7 and is now 0.9" in done.err
+    assert len(done.err.strip().splitlines()) == 1
 
 
 def test_another_mesh_is_no_other_config(copy: Path, environment) -> None:
@@ -231,13 +251,13 @@ def test_another_mesh_is_no_other_config(copy: Path, environment) -> None:
     assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"seconds": 1}', '{"keys": 3}'])
-def test_a_damaged_marker_is_named(content: str, copy: Path, environment) -> None:
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"seconds": 1}', '{"keys": 3}'])
+def test_a_damaged_marker_is_named(content: str, copy: Path) -> None:
     (copy / "label.done").write_text(content)
-    done = run_main(copy, environment)
-    assert done.code == 1
-    assert f"{copy / 'label.done'} is damaged: delete it" in done.err
-    assert len(done.err.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match=r"label\.done is damaged: delete it") as error:
+        pipeline.run_stages(config_of(copy), copy, STAGES)
+    assert str(copy / "label.done") in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_rank_and_report_can_be_made_again(finished, copy: Path, environment) -> None:
@@ -248,6 +268,24 @@ def test_rank_and_report_can_be_made_again(finished, copy: Path, environment) ->
     assert "sample" not in done.out.split("accuracy on")[0]
     assert (copy / "report.html").exists()
     same_run(copy, finished.folder)
+
+
+def hashes_of(folder: Path) -> dict[str, int]:
+    """Content hashes of the arrays of a checkpoint."""
+    return json.loads((folder / "0/_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]["hashes"]
+
+
+def test_a_stage_whose_marker_was_lost_makes_the_same_again(
+    finished, copy: Path, environment
+) -> None:
+    """As a run killed when its model was saved and its marker was not."""
+    (copy / "finetune.done").unlink()
+    done = run_main(copy, environment, "--stages=finetune")
+    assert done.code == 0, done.err
+    assert (copy / "finetune.done").exists()
+    for name in ("generator", "baseline"):
+        assert hashes_of(copy / name) == hashes_of(finished.folder / name)
+    assert hashes_of(copy / "generator") != hashes_of(copy / "baseline")
 
 
 def test_a_lost_sample_shard_is_made_again_bit_for_bit(finished, copy: Path, environment) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -87,19 +87,14 @@ def naive_logits(config: ModelConfig, params: Params, ids: Sequence[int]) -> np.
     return np.asarray(_naive(config)(params, padded), np.float64)[: len(ids)]
 
 
-def naive_greedy(
-    config: ModelConfig,
-    params: Params,
-    prompt: Sequence[int],
-    count: int,
-    end: int,
-    tokenizer: Tokenizer | None = None,
+def naive_decoding(
+    choose: Callable[[list[int]], int], count: int, end: int, tokenizer: Tokenizer | None = None
 ) -> tuple[list[int], list[bool]]:
-    """(tokens, forced): a full forward for every token; with a tokenizer, the calculator too."""
+    """(tokens, forced) where `choose` says what follows; with a tokenizer, the calculator too."""
     written: list[int] = []
     forced: list[bool] = []
     while len(written) < count and (not written or written[-1] != end):
-        written.append(int(naive_logits(config, params, [*prompt, *written])[-1].argmax()))
+        written.append(choose(written))
         forced.append(False)
         if tokenizer is None or len(written) == count:
             continue
@@ -213,8 +208,12 @@ def test_greedy_is_the_argmax_of_full_forwards(
     """Prompts of 1 to over 32 tokens, more than there is room for at one time."""
     config = tiny(tokenizer, family)
     params = sharp_params(config, seed=1)
+
+    def choose(prompt: list[int], written: list[int]) -> int:
+        return int(naive_logits(config, params, [*prompt, *written])[-1].argmax())
+
     expected = {
-        name: naive_greedy(config, params, ids, MAX_TOKENS, tokenizer.end)[0]
+        name: naive_decoding(functools.partial(choose, ids), MAX_TOKENS, tokenizer.end)[0]
         for name, ids in prompts.items()
     }
     assert len({tuple(e) for e in expected.values()}) == len(prompts)
@@ -619,8 +618,16 @@ def test_a_refused_expression_does_not_change_what_is_drawn(scripted, mesh, toke
 def test_every_token_is_that_of_naive_decoding(scripted, written, tokenizer) -> None:
     """Also behind a rewritten token, at the limit of tokens, and in a slot used before."""
     config, params = scripted.config, scripted.params
+
+    def choose(final: list[int], logits: np.ndarray, at: int, before: list[int]) -> int:
+        assert before == final[: len(before)]  # or one forward of the final text says nothing
+        return int(logits[at + len(before)].argmax())
+
     for name, prompt in scripted.prompts.items():
-        tokens, forced = naive_greedy(config, params, prompt, ROOM, tokenizer.end, tokenizer)
+        final = written[True][name, 0].tokens
+        logits = naive_logits(config, params, [*prompt, *final])
+        follows = functools.partial(choose, final, logits, len(prompt) - 1)
+        tokens, forced = naive_decoding(follows, ROOM, tokenizer.end, tokenizer)
         logprob = naive_logprobs(config, params, prompt, tokens)[~np.array(forced)].sum()
         for sample in range(3):
             completion = written[True][name, sample]
