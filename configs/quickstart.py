@@ -3,8 +3,8 @@
     python -m gsm_verifier.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 It starts, as the paper does, from a pretrained language model: one of 1.2 million parameters that
-comes with the package and has read short texts of the same world, no problem with its solution (half an hour on two cores).
-These commands made it:
+comes with the package and has read short texts of the same world, no problem with its solution.
+These commands made it, in half an hour on two cores:
 
     python -m gsm_verifier.main --config=configs/quickstart.py:pretrain --workdir=runs/pretrain \
         --stages=prepare,pretrain
