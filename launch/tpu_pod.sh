@@ -173,7 +173,7 @@ run() {
     inner="$inner; echo \$? > ~/run.exit"
     remote all "set -eu
 cd gsm_verifier
-if test -f ~/run.pid && kill -0 -- \"-\$(cat ~/run.pid)\" 2> /dev/null; then
+if test -f ~/run.pid && kill -0 \"\$(cat ~/run.pid)\" 2> /dev/null; then
     echo 'a run is going on: stop it first' >&2
     exit 1
 fi
@@ -186,9 +186,12 @@ logs() {
     remote 0 'tail -n 100 -F run.log'
 }
 
+# The process itself, where it has no group of its own yet.
 # shellcheck disable=SC2016
 stop() {
-    remote all 'test ! -f run.pid || kill -- "-$(cat run.pid)" 2> /dev/null || true; rm -f run.pid'
+    remote all 'test ! -f run.pid || { pid=$(cat run.pid)
+kill -- "-$pid" 2> /dev/null || kill "$pid" 2> /dev/null || true
+rm run.pid; }'
 }
 
 # Returns 0 when the run has finished, 1 when it failed, 3 when the slice is gone.
