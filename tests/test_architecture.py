@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"score"},  # values are computed on training's Batch
     {"stages"},
     {"pipeline"},
-    {"main", "api"},
+    {"main", "api", "export"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STRANGERS = {("score", "sample"), ("score", "report")}  # though on different floors

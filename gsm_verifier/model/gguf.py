@@ -141,6 +141,7 @@ def _tokenizer(field: Callable[[str], Any]) -> Tokenizer:
 
 
 def main() -> None:
+    """The command: fetch, check and convert; an expected error is one line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
