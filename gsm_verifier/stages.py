@@ -196,7 +196,7 @@ def _fit(
         folder=run.folder / name / "training",
         mesh=run.mesh,
         seed=run.config.seed,
-        name=name,
+        name=stage,
         log=log,
     )
     log.close()
