@@ -275,6 +275,7 @@ def hashes_of(folder: Path) -> dict[str, int]:
     return json.loads((folder / "0/_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]["hashes"]
 
 
+@pytest.mark.slow
 def test_a_stage_whose_marker_was_lost_makes_the_same_again(
     finished, copy: Path, environment
 ) -> None:
