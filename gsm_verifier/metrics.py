@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 
 class Metrics:
     """The metrics of one stage: `<folder>/<stage>.jsonl`, a row a step, and TensorBoard events."""
@@ -14,6 +12,8 @@ class Metrics:
         self.path = folder / f"{stage}.jsonl"
         self._enabled = enabled
         if enabled:
+            from tensorboardX import SummaryWriter  # which imports torch wherever there is one
+
             folder.mkdir(parents=True, exist_ok=True)
             self._board = SummaryWriter(str(folder / "tensorboard" / stage))
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()

@@ -158,7 +158,7 @@ def prepare(run: Run) -> None:
 
 def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
     if run.start:
-        return Tokenizer.load(run.start / "tokenizer.json")
+        return hf.read_tokenizer(run.start)
     if run.config.text.tokenizer:
         return Tokenizer.load(run.config.text.tokenizer)
     more = list(itertools.islice(_documents(run), 5000)) if run.config.pretrain.epochs else []
