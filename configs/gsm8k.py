@@ -3,7 +3,7 @@
     --config.data.path=<folder>    else they are looked for and fetched through TFDS
 
 `configs/gsm8k.py:tiny` takes all 7,473 + 1,319 problems through every stage with a model too small
-to solve any, as a rehearsal; about ten minutes on two CPU cores:
+to solve any, as a rehearsal:
 
     python -m gsm_verifier.main --config=configs/gsm8k.py:tiny \
         --config.data.path=<folder> --workdir=runs/gsm8k-tiny

@@ -74,23 +74,17 @@ class Model:
     @functools.cached_property
     def _forward(self) -> Any:
         model = Transformer(self.config)
-        B = self._devices  # a row for each, or a mesh couldn't divide them
+        B = sharding.row_devices(self.mesh)  # a row for each, or a mesh couldn't divide them
 
         @jax.jit
         def forward(params: Params, tokens_T: jax.Array) -> jax.Array:
             T = len(tokens_T)
             tokens_BT = jnp.broadcast_to(tokens_T, (B, T))
             position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-            visible_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-            hidden_BTD, _ = model.apply(params, tokens_BT, position_BT, Packed(visible_BTS))
+            hidden_BTD, _ = model.apply(params, tokens_BT, position_BT, Packed.causal(B, T))
             return model.apply(params, hidden_BTD, method="logits")[0]
 
         return forward
-
-    @property
-    def _devices(self) -> int:
-        """Devices that work on different rows."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
         ids, size, longest = list(token_ids), self.config.text_size, self.config.max_length
@@ -99,9 +93,6 @@ class Model:
         if wrong := [i for i in ids if not 0 <= i < size]:
             raise ValueError(f"{wrong[0]} is no token id: they are from 0 to {size - 1}")
         return ids
-
-    def _question(self, question: str) -> list[int]:
-        return self.tokenizer.encode(question + "\n")
 
 
 class Generator(Model):
@@ -130,11 +121,11 @@ class Generator(Model):
             return []
         if calculator is None:
             calculator = self.options.sample.calculator
-        prompts = min(n, self._devices)
+        prompts = min(n, sharding.row_devices(self.mesh))
         slots = min(-(-n // prompts), self.options.sample.slots)
         engine = self._engine(prompts, slots, seed, calculator, tuple(sorted(sampling.items())))
         # The draws are keyed by question and number: shares can be sampled side by side.
-        prompt = self._question(question)
+        prompt = self.tokenizer.question(question)
         shares = [range(i, n, prompts) for i in range(prompts)]
         found = engine.run(Request(question, prompt, share) for share in shares)
         return sorted(found, key=lambda completion: completion.sample)
@@ -175,11 +166,11 @@ class Verifier(Model):
         Raises:
           ValueError: a question and solution longer than the model's longest sequence.
         """
-        prompt = self._question(question)
+        prompt = self.tokenizer.question(question)
         ids = [
             solution.tokens
             if isinstance(solution, Completion)
-            else [*self.tokenizer.encode(solution), self.tokenizer.end]
+            else self.tokenizer.solution(solution)
             for solution in solutions
         ]
         if not ids:
@@ -253,9 +244,8 @@ def _of_run(
     options = ConfigDict(keys)
     options.mesh.update(mesh)  # of this machine, not of the one that trained it
     run = Run(options, folder)
-    config = run.judge.model if stage == "verifier" else run.model
     kind = Verifier if stage == "verifier" else Generator
-    return kind(config, run.params(stage), run.mesh, run.tokenizer, options)
+    return kind(run.model_of(stage), run.params(stage), run.mesh, run.tokenizer, options)
 
 
 def _of_folder(folder: Path, mesh: dict[str, int]) -> Generator | Verifier:

@@ -36,8 +36,7 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
         raise ValueError(f"{run_folder} is no run's work directory: it has no config.json")
     run = Run(ConfigDict(json.loads(path.read_bytes())), run_folder)
     squash = run.config.verify.squash if name == "verifier" else None
-    model = run.judge.model if name == "verifier" else run.model
-    hf.save(to, model, run.params(name), run.tokenizer, squash=squash, dtype=dtype)
+    hf.save(to, run.model_of(name), run.params(name), run.tokenizer, squash=squash, dtype=dtype)
 
 
 def main(argv: list[str]) -> None:

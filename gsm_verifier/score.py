@@ -43,7 +43,7 @@ class Scorer:
         row_tokens: int,
         rows: int,
     ):
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        devices = sharding.row_devices(mesh)
         self._rows = -(-rows // devices) * devices
         self._params, self._mesh, self._row_tokens = params, mesh, row_tokens
         model = Transformer(config)

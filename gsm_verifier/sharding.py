@@ -60,6 +60,11 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Devices that work on different rows (B, or P in the sampler)."""
+    return math.prod(mesh.shape[axis] for axis in RULES["B"])
+
+
 def spec(letters: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of dimensions named by letters. A mesh axis serves its first dimension."""
     used: set[str] = set()

@@ -84,10 +84,10 @@ class Run:
         return problems_io.load(self.folder / "problems", split)
 
     def question(self, problem: Problem) -> list[int]:
-        return self.tokenizer.encode(problem.question + "\n")
+        return self.tokenizer.question(problem.question)
 
     def solution(self, problem: Problem) -> list[int]:
-        return [*self.tokenizer.encode(problem.solution), self.tokenizer.end]
+        return self.tokenizer.solution(problem.solution)
 
     @cached_property
     def judge(self) -> "Run":
@@ -104,9 +104,13 @@ class Run:
             raise ValueError(f"config.verify.run={folder} has another tokenizer than {self.folder}")
         return Run(ConfigDict(keys | {"mesh": self.config.mesh.to_dict()}), folder)
 
+    def model_of(self, name: str) -> ModelConfig:
+        """The model in folder `name`: the verifier may be another run's."""
+        return self.judge.model if name == "verifier" else self.model
+
     def params(self, name: str) -> Params:
         """The parameters a training stage left in folder `name`."""
-        model = self.judge.model if name == "verifier" else self.model
+        model = self.model_of(name)
         like = checkpoint.abstract(
             transformer.shapes(model), transformer.shardings(model, self.mesh)
         )
@@ -264,18 +268,19 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
     """n completions of each problem, in shards; whole shards that exist are kept."""
     size = run.config.records.shard_problems
     count = -(-len(problems) // size)
-    shard_of = {p.id: i // size for i, p in enumerate(problems)}
     order = {p.id: i for i, p in enumerate(problems)}
     todo = [i for i in range(count) if not records.shard_path(folder, i, count).exists()]
     left = {i: len(problems[i * size : (i + 1) * size]) * n for i in todo}
     found: dict[int, list[Completion]] = {i: [] for i in todo}
     prompts = {p.id: run.question(p) for p in problems}
     longest = max(map(len, prompts.values()), default=0)
-    requests = [Request(p.id, prompts[p.id], range(n)) for p in problems if shard_of[p.id] in left]
+    requests = [
+        Request(p.id, prompts[p.id], range(n)) for p in problems if order[p.id] // size in left
+    ]
     total = sum(left.values())
     with tqdm(total=total, desc=f"sample {folder.name}", unit="completion", mininterval=1) as bar:
         for completion in engine.run(requests, longest):
-            shard = shard_of[completion.problem]
+            shard = order[completion.problem] // size
             found[shard].append(completion)
             bar.update()
             left[shard] -= 1
@@ -389,7 +394,7 @@ def score(run: Run) -> None:
     baseline = "baseline" if run.config.baseline.epochs > 0 else "generator"
     _sample(run, _engine(run, baseline, 1, temperature=0.0), samples / "greedy", test, 1)
     scorer = Scorer(
-        run.judge.model,
+        run.model_of("verifier"),
         run.params("verifier"),
         run.mesh,
         squash=run.config.verify.squash,

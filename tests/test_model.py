@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_config
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,27 +29,12 @@ from gsm_verifier.model.attention import (
     attend,
     by_rows,
 )
-from gsm_verifier.model.config import FAMILIES, ModelConfig
+from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Block, Params, Transformer, rotate
 from gsm_verifier.train.batch import Batch
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 both_families = pytest.mark.parametrize("family", ["gpt3", "llama"])
-
-
-def make_config(family: str = "gpt3", **changes: Any) -> ModelConfig:
-    """A tiny model of a family; V = 128, of which 100 ids are text."""
-    keywords = dict(
-        text_size=100,
-        width=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_size=8,
-        mlp_width=48,
-        max_length=64,
-    )
-    return ModelConfig(**keywords | FAMILIES[family] | changes)
 
 
 @functools.cache

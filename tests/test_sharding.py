@@ -1,38 +1,22 @@
 """The mesh changes where numbers live and nothing else."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DEVICES, MakeMesh
+from conftest import DEVICES, MakeMesh, make_config
 from jax.sharding import Mesh, PartitionSpec
 
 from gsm_verifier import sharding
 from gsm_verifier.data.packing import FIELDS
 from gsm_verifier.model import transformer
-from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Transformer
 from gsm_verifier.train import loop, optimizer
 from gsm_verifier.train.losses import Objective
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)]
-
-
-def make_config(family: str = "llama", **changes: Any) -> ModelConfig:
-    keywords = dict(
-        text_size=100,
-        width=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_size=8,
-        mlp_width=48,
-        max_length=64,
-    )
-    return ModelConfig(**keywords | FAMILIES[family] | changes)
 
 
 # Meshes and specs
@@ -116,7 +100,7 @@ def test_local_work_sees_a_devices_part_or_where_it_cannot_be_cut_the_whole(
 
 
 def test_constraints_bind_under_a_mesh_and_vanish_without(make_mesh: MakeMesh) -> None:
-    config = make_config()
+    config = make_config("llama")
 
     def text() -> str:
         tokens = jnp.zeros((8, 16), jnp.int32)
@@ -135,14 +119,14 @@ def test_constraints_bind_under_a_mesh_and_vanish_without(make_mesh: MakeMesh) -
 def test_a_size_the_mesh_does_not_divide_is_refused_by_name(make_mesh: MakeMesh) -> None:
     mesh = make_mesh(1, 8, 1)
     with pytest.raises(ValueError, match="dimension D of size 36 can't be split over") as caught:
-        transformer.shardings(make_config(width=36), mesh)
+        transformer.shardings(make_config("llama", width=36), mesh)
     assert "mesh axes fsdp = 8: change the mesh or the size" in str(caught.value)
     assert "embed_VD" in str(caught.value)
     with pytest.raises(ValueError, match=r"wk_DKH.*dimension K of size 2 .* tensor = 4"):
-        transformer.shardings(make_config(), make_mesh(1, 2, 4))
+        transformer.shardings(make_config("llama"), make_mesh(1, 2, 4))
     with pytest.raises(ValueError, match="dimension F of size 47"):
-        transformer.init(make_config(mlp_width=47), jax.random.key(0), make_mesh(1, 1, 2))
-    transformer.shardings(make_config(width=36), make_mesh(1, 4, 1))
+        transformer.init(make_config("llama", mlp_width=47), jax.random.key(0), make_mesh(1, 1, 2))
+    transformer.shardings(make_config("llama", width=36), make_mesh(1, 4, 1))
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh(mesh: Mesh, make_mesh: MakeMesh) -> None:

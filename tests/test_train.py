@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import make_config
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from gsm_verifier.data.packing import FIELDS, PackedRows, Tree
 from gsm_verifier.metrics import Metrics
 from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import Packed
-from gsm_verifier.model.config import FAMILIES, ModelConfig
+from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.train import loop, losses, optimizer
 from gsm_verifier.train.batch import Batch, document_trees, finetuning_trees, verifier_trees
@@ -30,20 +31,6 @@ from gsm_verifier.train.losses import Objective
 
 ROWS, T = 24, 40  # of every batch here: one shape, one compilation
 Sequences = list[list[int]]
-
-
-def make_config(family: str = "gpt3", **changes: Any) -> ModelConfig:
-    keywords = dict(
-        text_size=100,
-        width=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_size=8,
-        mlp_width=48,
-        max_length=64,
-    )
-    return ModelConfig(**keywords | FAMILIES[family] | changes)
 
 
 @functools.cache

@@ -126,6 +126,11 @@ class Packed:
     visible_BTS: jax.Array
     keep: bool = field(default=False, metadata=dict(static=True))
 
+    @classmethod
+    def causal(cls, B: int, T: int, keep: bool = False) -> "Packed":
+        """Rows of one sequence each: a position sees itself and what is before it."""
+        return cls(jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T)), keep)
+
     def __call__(
         self,
         q_BTKGH: jax.Array,

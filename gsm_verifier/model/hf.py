@@ -55,6 +55,7 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HEAD = ("value_gain", "value_bias")  # of our parameters, the verifier's
 SQUASHES = ("none", "sigmoid")
 READING = (
     "In the logits of the position after a token, value = gain * logits[token_id] + bias; with "
@@ -509,9 +510,6 @@ def _same(source: _Tensors, one: str, other: str) -> bool:
     size = source.shapes[one][0]
     pieces = [slice(i, min(i + 4096, size)) for i in range(0, size, 4096)]
     return all(np.array_equal(source.read(one, [p]), source.read(other, [p])) for p in pieces)
-
-
-HEAD = ("value_gain", "value_bias")
 
 
 def load(folder: str | Path, mesh: Mesh, dtype: str = "float32") -> tuple[ModelConfig, Params]:

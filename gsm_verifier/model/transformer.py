@@ -303,7 +303,7 @@ def _boxed_init(config: ModelConfig) -> Callable[[jax.Array], Params]:
     def init(key: jax.Array) -> Params:
         model = Transformer(config)
         one = jnp.zeros((1, 1), jnp.int32)
-        return model.init(key, one, one, Packed(jnp.ones((1, 1, 1), bool)))
+        return model.init(key, one, one, Packed.causal(1, 1))
 
     return init
 

@@ -158,10 +158,8 @@ def prefill(
       length_B: their lengths; the last token isn't computed here: every branch starts with it.
     """
     B, T = tokens_BT.shape
-    position_T = jnp.arange(T)
-    visible_BTS = jnp.broadcast_to(position_T[:, None] >= position_T, (B, T, T))
-    position_BT = jnp.broadcast_to(position_T, (B, T))
-    _, kept = model.apply(params, tokens_BT, position_BT, Packed(visible_BTS, keep=True))
+    position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    _, kept = model.apply(params, tokens_BT, position_BT, Packed.causal(B, T, keep=True))
 
     def put(rows: jax.Array, new: jax.Array) -> jax.Array:
         return rows.at[row_B].set(new.astype(rows.dtype), mode="drop")

@@ -72,7 +72,7 @@ class Engine:
           prompts: P, prompts in flight. slots: C, completions of each at one time.
           calculator: force the results of annotations.
         """
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        devices = sharding.row_devices(mesh)
         self._P, self._C = math.ceil(prompts / devices) * devices, slots
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         self._config, self._params = transformer.unstack(config, params)

@@ -36,6 +36,19 @@ _STEP = {
 _ELSE = {TEXT: TEXT, LESS: TEXT, OPEN: OPEN, OPEN_LESS: OPEN, OPEN_GREATER: OPEN}
 
 
+def by_digits(model: models.BPE) -> Backend:
+    """A byte-level BPE in which every digit is a token of its own."""
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 class Tokenizer:
     """A tokenizer in which text from data never becomes a special token.
 
@@ -77,14 +90,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> "Tokenizer":
         """A byte-level BPE of at most `size` ids in which every digit is a token of its own."""
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
+        backend = by_digits(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=[END_OF_TEXT],
@@ -99,6 +105,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    def question(self, text: str) -> list[int]:
+        """Ids of a question as every model here reads it: a line of its own."""
+        return self.encode(text + "\n")
+
+    def solution(self, text: str) -> list[int]:
+        """Ids of a whole solution: the end-of-text token is its last."""
+        return [*self.encode(text), self.end]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         # Lone surrogates can't be encoded as UTF-8; they come from hostile JSON only.

@@ -181,8 +181,7 @@ def fit(
       FloatingPointError: the loss stopped being finite, naming the step.
     """
     rows = PackedRows(trees, options.row_tokens, options.epochs, seed)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    cut = plan(len(rows), options, devices)
+    cut = plan(len(rows), options, sharding.row_devices(mesh))
     tx = make_optimizer(options, cut.steps)
     shapes, where = state_shardings(model, tx, mesh)
     with jax.set_mesh(mesh):
