@@ -27,7 +27,7 @@ def get_config(size: str = "") -> ConfigDict:
     )
     config.model.pretrained = "quickstart"
     config.mesh.cpu_devices = 2
-    shared = dict(row_tokens=256, microbatch_rows=32, clip_norm=1.0, warmup_steps=10)
+    shared = dict(row_tokens=256, microbatch_rows=4, clip_norm=1.0, warmup_steps=10)
     config.finetune.update(learning_rate=1e-3, batch_tokens=1024, **shared)
     config.baseline.update(learning_rate=5e-4, batch_tokens=2048, **shared)
     config.verify.update(learning_rate=5e-4, batch_tokens=4096, branches=4, **shared)
@@ -56,14 +56,13 @@ def _pretrain(config: ConfigDict) -> None:
     config.data.train_size = 5000  # for the tokenizer
     config.text.vocab_size = 1023
     _from_scratch(config, layers=6, width=128, heads=4, head_size=32, mlp_width=384, max_length=384)
-    config.data.difficulty = 2
     config.pretrain.update(
         epochs=1.0,
-        generated=130_000,
+        generated=160_000,
         learning_rate=3e-3,
         batch_tokens=8192,
         row_tokens=256,
-        microbatch_rows=32,
+        microbatch_rows=4,
         warmup_steps=50,
     )
 

@@ -1,5 +1,6 @@
 """The generated problems and documents: right, readable, disjoint, and the same everywhere."""
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -42,17 +43,21 @@ def problems(by_level):
     return [problem for level in by_level.values() for _, problem in level]
 
 
-def _scenes(schema, target, level, count):
+def _scenes(schema, target, level, count, trial=False):
     dice = Dice(f"test/{schema.name}/{target}")
     found = []
     for _ in range(3000):
         try:
-            found.append(Scene(schema, target, synthetic.LEVELS[level], (1, 9), dice))
+            found.append(Scene(schema, target, synthetic.LEVELS[level], (1, 9), dice, trial))
         except Reject:
             continue
         if len(found) == count:
             break
     return found
+
+
+def _is_trial(problem):
+    return problem.question.endswith(" What is x?")
 
 
 def test_golden():
@@ -100,7 +105,10 @@ def test_final_answers(problems):
         assert last == f"#### {answer}"
         assert answer.isdecimal()
         assert 0 < int(answer) < 10_000
-        assert answer == calculator.annotations(problem.solution)[-1][1]
+        if _is_trial(problem):
+            assert problem.solution.startswith(f"Let x be {answer}.\n")
+        else:
+            assert answer == calculator.annotations(problem.solution)[-1][1]
 
 
 def test_solutions_use_only_numbers_they_have(problems):
@@ -111,9 +119,37 @@ def test_solutions_use_only_numbers_they_have(problems):
         known = set(implied)
         for token in re.findall(r"[a-z]+|\d+(?:\.\d+)?", problem.question.lower()):
             known |= {words.get(token, token), re.sub(r"(\.\d)0$", r"\1", token)}
+        if _is_trial(problem):
+            known.add(answers.extract(problem.solution))
         for expression, result in calculator.annotations(problem.solution):
             assert set(re.findall(r"\d+(?:\.\d+)?", expression)) <= known, problem
             known.add(result)
+
+
+def test_trials_hide_one_number_and_tell_what_comes_of_it(by_level):
+    for level, found in by_level.items():
+        trials = [problem for _, problem in found if _is_trial(problem)]
+        assert len(trials) / len(found) == pytest.approx(synthetic.LEVELS[level].trial, abs=0.08)
+        for problem in trials:
+            story = problem.question.removesuffix(" What is x?")
+            assert len(re.findall(r"(?<![a-z])x(?![a-z])", story)) >= 1, story
+            outcome = calculator.annotations(problem.solution)[-1][1]
+            told = story.split(". ")[-1]
+            assert re.search(rf"(?<![\d.]){re.escape(outcome)}(?!\d)", told), problem
+
+
+def test_only_one_number_fits_a_trial():
+    tried = set()
+    for schema in synthetic.SCHEMAS.values():
+        for target, _ in schema.asks:
+            for scene in _scenes(schema, target, level=2, count=3, trial=True):
+                fitting = []
+                for value in scene.choices():
+                    with contextlib.suppress(Reject):
+                        fitting += [value] if scene.supposing(value).fits else []
+                assert fitting == [scene.answer]
+                tried.add(schema.name)
+    assert len(tried) >= 40
 
 
 def test_levels(by_level):
@@ -153,7 +189,7 @@ def test_text_is_clean(problems):
         assert not re.search(r"\ba [aeio]\w|\ban (?!hour)[^aeiou8]", text), text
         assert not re.search(r"(?<![\d.$])1 [a-z]+s\b", problem.question), text
         for sentence in re.split(r"(?<=[.?]) ", problem.question):
-            assert sentence[0].isupper() or sentence[0].isdigit(), text
+            assert sentence[0].isupper() or sentence[0] in "$0123456789", text
         for line in problem.solution.splitlines()[:-1]:
             assert line.endswith("."), text
 
@@ -213,6 +249,17 @@ def test_documents_contain_no_question(problems):
         assert not mark or head.startswith('"')
         assert "?" not in rest
         assert not re.search(r"[{}|@~]", document), document
+
+
+def test_documents_work_out_stories_of_the_train_split_only():
+    for level in (1, 2):
+        whole = [
+            document.split("\n")[0] + " What is x?"
+            for document in synthetic.documents(3000, seed=1, difficulty=level)
+            if document.endswith(synthetic.schemas.FITS) and "Let x be" in document
+        ]
+        assert len(whole) > 200
+        assert {synthetic.split_of(question) for question in whole} == {"train"}
 
 
 def test_documents_are_sound_and_varied():

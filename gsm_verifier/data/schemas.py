@@ -162,6 +162,7 @@ ASKING = (
     '"{ask}" was what {name} wanted to know.',
     '"{ask}" said {name}, but nobody knew.',
 )
+FITS = ("That does not fit.", "That fits.")
 AGAIN = ("Once more:", "In other words:", "Again:", "That is to say:")
 
 # What may happen next to @x things @t that @p has.

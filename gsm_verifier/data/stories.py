@@ -7,6 +7,8 @@ quantity depends, in order. Hence one story with several asks is several problem
 the ask does not need is a natural distractor.
 """
 
+import contextlib
+import copy
 import itertools
 import random
 import re
@@ -34,6 +36,7 @@ class Level:
       shuffle: probability that facts without a fixed order are shuffled.
       words: probability that a number up to twelve is written in words.
       phrasings: how many of the phrasings of a sentence are in use.
+      trial: probability that a problem hides a number and tells what comes of it.
     """
 
     wording: int
@@ -44,6 +47,7 @@ class Level:
     shuffle: float
     words: float
     phrasings: int
+    trial: float
 
 
 class Dice:
@@ -186,9 +190,11 @@ class Given:
     ranged: bool
     money: bool
 
-    def draw(self, dice: Dice, size: float) -> Value:
-        count = len(self.choices)
-        return self.choices[dice.below(max(2, int(count * size)) if self.ranged else count)]
+    def within(self, size: float) -> Sequence[Value]:
+        """The choices there are when ranges are cut to a part of them."""
+        return (
+            self.choices[: max(2, int(len(self.choices) * size))] if self.ranged else self.choices
+        )
 
 
 @dataclass
@@ -376,6 +382,8 @@ def _lint(schema: Schema) -> None:
 
 # --- telling a story --------------------------------------------------------------------------
 
+MOST_TRIED = 12  # numbers that a hidden one could be: few enough to be found by trial
+_TRIAL_ASK = (Template("What is x?"),)
 _GENERAL_DISTRACTORS = [Template(text) for text in schemas.DISTRACTORS]
 
 
@@ -384,10 +392,19 @@ class Reject(Exception):
 
 
 class Scene:
-    """One drawn instance of a schema: who, what, how many, and how each quantity came about."""
+    """One drawn instance of a schema: who, what, how many, and how each quantity came about.
+
+    In a `trial` one of the givens is hidden: the story calls it x and tells the target instead.
+    """
 
     def __init__(
-        self, schema: Schema, target: str, level: Level, steps: tuple[int, int], dice: Dice
+        self,
+        schema: Schema,
+        target: str,
+        level: Level,
+        steps: tuple[int, int],
+        dice: Dice,
+        trial: bool = False,
     ) -> None:
         self.schema, self.target, self.level, self.dice = schema, target, level, dice
         self.ways: dict[str, Way] = {}
@@ -399,21 +416,90 @@ class Scene:
         if not steps[0] <= len(self.steps) <= steps[1] or set(self.steps) - set(self.ways):
             raise Reject
         self.values: dict[str, Value] = {
-            name: given.draw(dice, level.size) for name, given in schema.givens.items()
+            name: dice.pick(given.within(level.size)) for name, given in schema.givens.items()
         }
         self.told = self._choose_facts()
-        for name in schema.rules:
-            if name in self._active:
-                self._derive(name)
-        if Fraction(self.values[target]).denominator != 1:
-            raise Reject
-        for check in schema.checks:
-            if self.values.keys() >= set(check.names) and check.value(self.values) < 0:
-                raise Reject
+        self._derive_all()
+        self.stated = self.values[target]
+        self.unknown = self._hide() if trial else ""
         self.cast = self._choose_cast()
 
+    @property
+    def answer(self) -> Value:
+        return self.values[self.unknown or self.target]
+
+    @property
+    def fits(self) -> bool:
+        """Does what is supposed lead to what is told?"""
+        return self.values[self.target] == self.stated
+
+    def supposing(self, value: Value) -> "Scene":
+        """The same trial with another number for x, which what is told needn't fit.
+
+        Raises:
+          Reject: the story makes no sense with it.
+        """
+        other = copy.copy(self)
+        other.values = self.values | {self.unknown: value}
+        other._derive_all()
+        return other
+
+    def choices(self) -> Sequence[Value]:
+        """The numbers that x could be, for all that is known of such stories."""
+        return self.schema.givens[self.unknown].within(self.level.size)
+
+    def _hide(self) -> str:
+        """A given that can be hidden: told as a plain number, and the only one that fits."""
+        schema, needed = self.schema, self.schema.closure(self.target, self.ways)
+        told: dict[str, set[str]] = {}  # the forms in which every number is told
+        for _, phrasings, rule in self.told:
+            relation = self.ways[rule].relation if rule else None
+            for template in (*phrasings, *([relation] if relation else [])):
+                for i, (name, form, _) in enumerate(template.slots):
+                    begins = not (i or template.head)  # a sentence, which x should not
+                    told.setdefault(name, set()).add("begins" if begins else form)
+        more = any(t.names - set(schema.cast) != {self.target} for t in self.ways[self.target].work)
+        if more or self.stated == 1 or needed - set(schema.rules) - told.keys():
+            raise Reject  # what comes of it can't be told alone; "1 hours"; an ask tells a number
+        hidden = [
+            name
+            for name, given in schema.givens.items()
+            if name in needed
+            and told[name] == {""}
+            and given.ranged
+            and len(given.within(self.level.size)) <= MOST_TRIED
+            and self._only(name)
+        ]
+        if not hidden:
+            raise Reject
+        return self.dice.pick(hidden)
+
+    def _only(self, name: str) -> bool:
+        """No other choice for this given leads to the same target."""
+        fitting = 0
+        for value in self.schema.givens[name].within(self.level.size):
+            values = self.values | {name: value}
+            with contextlib.suppress(ZeroDivisionError):
+                for step in self.steps:
+                    values[step] = self.ways[step].expr.value(values)
+                fitting += values[self.target] == self.stated
+        return fitting == 1
+
+    def _derive_all(self) -> None:
+        for name in self.schema.rules:
+            if name in self._active:
+                self._derive(name)
+        if Fraction(self.values[self.target]).denominator != 1:
+            raise Reject
+        for check in self.schema.checks:
+            if self.values.keys() >= set(check.names) and check.value(self.values) < 0:
+                raise Reject
+
     def _derive(self, name: str) -> None:
-        value = self.ways[name].expr.value(self.values)
+        try:
+            value = self.ways[name].expr.value(self.values)
+        except ZeroDivisionError as error:
+            raise Reject from error
         smallest = Fraction(1, 10) if self.schema.kinds[name] else 2  # 2: always the plural
         if not smallest <= value <= self.schema.limit:
             raise Reject
@@ -482,6 +568,8 @@ class Scene:
         return given.money if given else self.schema.kinds[name] == "$"
 
     def _number(self, name: str, form: str, words: float) -> str:
+        if name == self.unknown:
+            return "$x" if self._money(name) else "x"
         value = self.values[name]
         if form:
             return schemas.NUMBER_FORMS[form].get(value) or f"{value} {form}"
@@ -495,7 +583,12 @@ class Scene:
         formula, result = self.ways[name].expr.text(self.values), show(self.values[name])
         return f"{formula} = {'$' if self._money(name) else ''}<<{formula}={result}>>{result}"
 
-    def question(self, ask: Sequence[Template]) -> str:
+    def asked(self, ask: Sequence[Template]) -> str:
+        """The sentence that asks: for the target in words of its own, or for x."""
+        return self.say(_TRIAL_ASK if self.unknown else ask, words=self.level.words)
+
+    def story(self) -> str:
+        """All that is told, which a trial ends with what has come of it."""
         told = list(self.told)
         if self.dice.chance(self.level.shuffle):
             told = self._reordered(told)
@@ -505,7 +598,16 @@ class Scene:
             stays = template.names & set(self.cast) <= {"p"}
             place = 1 + self.dice.below(len(sentences)) if stays else len(sentences)
             sentences.insert(place, self.distract(template))
-        return " ".join([*sentences, self.say(ask, words=self.level.words)])
+        return " ".join([*sentences, *([self.outcome()] if self.unknown else [])])
+
+    def outcome(self) -> str:
+        """What the story of a trial says has come of x, whatever is supposed for it."""
+        true = copy.copy(self)
+        true.values = self.values | {self.target: self.stated}
+        return true.work(self.target, worked=False)
+
+    def supposition(self) -> str:
+        return f"Let x be {show(self.values[self.unknown])}."
 
     def _reordered(self, told: list) -> list:
         """Shuffles each run of facts marked as free in their order."""
@@ -555,11 +657,15 @@ class Scene:
 
     def untold(self, ask: Sequence[Template]) -> set[str]:
         """The givens that the solution uses but the question does not tell: there must be none."""
-        said = set(ask[0].names)
+        said = set() if self.unknown else set(ask[0].names)
         for _, phrasings, rule in self.told:
             said |= self._said(phrasings[0], self.ways[rule]) if rule else phrasings[0].names
         return self.schema.closure(self.target, self.ways) - set(self.schema.rules) - said
 
     def solution(self) -> str:
-        lines = [self.work(name) for name in self.steps]
-        return "\n".join([*lines, f"#### {show(self.values[self.target])}"])
+        return "\n".join([self.worked(), f"#### {show(self.answer)}"])
+
+    def worked(self) -> str:
+        """The lines that work the target out; a trial supposes a number first."""
+        lines = [self.supposition()] if self.unknown else []
+        return "\n".join([*lines, *(self.work(name) for name in self.steps)])

@@ -40,11 +40,11 @@ from gsm_verifier.records import Problem
 from gsm_verifier.text import answers, calculator
 
 LEVELS = {
-    1: Level(1, (2, 3), 0.30, (0.0, 0), keep=0.0, shuffle=0.0, words=0.0, phrasings=1),
-    2: Level(2, (2, 4), 0.50, (0.4, 1), keep=0.4, shuffle=0.0, words=0.0, phrasings=9),
-    3: Level(3, (2, 6), 0.70, (0.5, 1), keep=0.5, shuffle=0.5, words=0.2, phrasings=9),
-    4: Level(4, (3, 8), 0.85, (0.6, 2), keep=0.6, shuffle=0.5, words=0.3, phrasings=9),
-    5: Level(5, (4, 8), 1.00, (0.9, 3), keep=0.8, shuffle=0.5, words=0.4, phrasings=9),
+    1: Level(1, (2, 3), 0.30, (0.0, 0), keep=0.0, shuffle=0.0, words=0.0, phrasings=1, trial=0.5),
+    2: Level(2, (2, 4), 0.50, (0.4, 1), keep=0.4, shuffle=0.0, words=0.0, phrasings=9, trial=0.5),
+    3: Level(3, (2, 6), 0.70, (0.5, 1), keep=0.5, shuffle=0.5, words=0.2, phrasings=9, trial=0.5),
+    4: Level(4, (3, 8), 0.85, (0.6, 2), keep=0.6, shuffle=0.5, words=0.3, phrasings=9, trial=0.5),
+    5: Level(5, (4, 8), 1.00, (0.9, 3), keep=0.8, shuffle=0.5, words=0.4, phrasings=9, trial=0.5),
 }
 # A question belongs to the one split that its own hash points at, whatever seed or size drew it.
 SPLITS = {"train": (0, 50), "heldout": (50, 75), "test": (75, 100)}
@@ -68,13 +68,14 @@ def _menu(level: int, low: int, high: int) -> list[tuple[Schema, list[Ask]]]:
 
 def _scene(dice: Dice, level: int, steps: tuple[int, int]) -> tuple[Scene, tuple[Template, ...]]:
     """A sensible instance of any schema, and the wordings of its question."""
+    trial = dice.chance(LEVELS[level].trial)
     while True:
         schema, asks = dice.pick(_menu(level, *steps))
         target, ask = dice.pick(asks)
         # Most need a few tries. Giving up on the rest costs less than waiting for rare numbers.
         for _ in range(60):
             try:
-                return Scene(schema, target, LEVELS[level], steps, dice), ask
+                return Scene(schema, target, LEVELS[level], steps, dice, trial), ask
             except Reject:
                 continue
 
@@ -85,7 +86,7 @@ def _verify(scene: Scene, ask: Sequence[Template], problem: Problem) -> None:
     for expression, result in calculator.annotations(problem.solution):
         if calculator.evaluate(expression) != result:
             faults.append(f"{expression} is not {result}")
-    if answers.extract(problem.solution) != show(scene.values[scene.target]):
+    if answers.extract(problem.solution) != show(scene.answer):
         faults.append("wrong final answer")
     if faults:
         raise ValueError(f"schema {scene.schema.name!r}: {'; '.join(faults)}: {problem}")
@@ -107,7 +108,7 @@ def stream(split: str, seed: int, difficulty: int = 2) -> Iterator[tuple[str, Pr
     seen: set[str] = set()
     while True:
         scene, ask = _scene(dice, difficulty, LEVELS[difficulty].steps)
-        question = scene.question(ask)
+        question = f"{scene.story()} {scene.asked(ask)}"
         if question in seen or split_of(question) != split:
             continue
         problem = Problem(f"{split}-{len(seen):05d}", question, scene.solution())
@@ -131,32 +132,60 @@ def generate(split: str, size: int, seed: int, difficulty: int = 2) -> list[Prob
 def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
     """Short texts from the same world, for the language model that fine-tuning starts from.
 
-    They teach the words, the copying of numbers, the annotations, single steps of arithmetic in
-    context, and to tell a right step from a wrong one, but no question is ever followed by its
-    story or its solution, nor is any story worked out to its end. A question mark occurs only in
-    the first sentence of a document, while every question of `generate` has a statement before it:
-    so no document contains one.
+    They teach the words, the copying of numbers, the annotations, arithmetic in context, and to
+    tell a right step or a fitting number from others. Some work a story of the train split out to
+    its end; but no question is ever followed by its story or its solution. A question mark occurs
+    only in the first sentence of a document, while every question of `generate` has a statement
+    before it: so no document contains one.
     """
     dice = Dice(f"documents/{seed}/{difficulty}")
     for _ in range(size):
         u = dice.below(100)
-        if u < 12:
+        if u < 8:
             yield _drill(dice, LEVELS[difficulty].size)
-        elif u < 18:
+        elif u < 12:
             yield _copying(dice)
+        elif u < 16:
+            yield _compared(dice)
         else:
             scene, ask = _scene(dice, difficulty, (2, 8))
-            if u < 48:
+            scene = _supposed(scene)
+            if u < 30:
                 yield _one_step(scene)
-            elif u < 78:
+            elif u < 45:
                 yield _judged(scene)
-            elif u < 90:
+            elif u < 50:
                 yield _retold(scene)
-            else:
+            elif u < 55:
                 other, _ = _scene(dice, difficulty, (2, 8))
                 name = dice.pick(schemas.WORDS["person"])[""]
-                asked = dice.pick(schemas.ASKING).format(name=name, ask=scene.say(ask))
+                asked = dice.pick(schemas.ASKING).format(name=name, ask=scene.asked(ask))
                 yield f"{asked} {_excerpt(other)}"
+            else:
+                story = scene.story()
+                questions = {f"{story} {scene.asked((wording,))}" for wording in ask}
+                ours = all(split_of(question) == "train" for question in questions)
+                yield _worked(scene, story) if ours else _one_step(scene)
+
+
+def _supposed(scene: Scene) -> Scene:
+    """A trial with some number for x that makes sense, whether it fits or not."""
+    if not scene.unknown:
+        return scene
+    for _ in range(20):
+        try:
+            return scene.supposing(scene.dice.pick(scene.choices()))
+        except Reject:
+            continue
+    return scene
+
+
+def _worked(scene: Scene, story: str) -> str:
+    """A story and its steps to the end; in a trial, for a number or two that fit or don't."""
+    if not scene.unknown:
+        return f"{story}\n{scene.worked()}"
+    tried = [scene, _supposed(scene)][: 1 + scene.dice.below(2)]
+    return "\n".join([story, *(f"{s.worked()}\n{schemas.FITS[s.fits]}" for s in tried)])
 
 
 def _excerpt(scene: Scene) -> str:
@@ -191,6 +220,8 @@ def _known(scene: Scene) -> tuple[str, list[str]]:
         if rule in shown or (not rule and said & parents):
             context.append(scene.say(phrasings, words=0.1))
     context += [scene.work(name, worked=False) for name in steps if name in parents]
+    if scene.unknown in parents:
+        context.append(scene.supposition())
     return " ".join(context), shown
 
 
@@ -246,6 +277,18 @@ def _drill(dice: Dice, size: float) -> str:
             )
         )
         lines.append(f"{formula} = <<{formula}={show(result)}>>{show(result)}")
+    return "\n".join(lines)
+
+
+def _compared(dice: Dice) -> str:
+    """Pairs of numbers, the same or nearly so, called that."""
+    lines = []
+    for _ in range(2 + dice.below(3)):
+        one = str(1 + dice.below(10 ** (1 + dice.below(4))))
+        place = dice.below(len(one))
+        other = one[:place] + str(1 + dice.below(9)) + one[place + 1 :]
+        other = one if dice.chance(0.4) else other
+        lines.append(f"It should be {one}. It is {other}. {schemas.FITS[one == other]}")
     return "\n".join(lines)
 
 
