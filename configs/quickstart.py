@@ -49,28 +49,39 @@ def get_config(size: str = "") -> ConfigDict:
 
 
 def _from_scratch(config: ConfigDict, **sizes: int) -> None:
-    config.model.update(pretrained="", family="llama", kv_heads=1, tied=True, **sizes)
+    config.model.update(pretrained="", family="llama", tied=True, **sizes)
 
 
 def _pretrain(config: ConfigDict) -> None:
     config.data.train_size = 5000  # for the tokenizer
     config.text.vocab_size = 1023
-    _from_scratch(config, layers=6, width=128, heads=4, head_size=32, mlp_width=384, max_length=384)
+    _from_scratch(
+        config,
+        layers=6,
+        width=128,
+        heads=4,
+        kv_heads=4,
+        head_size=32,
+        mlp_width=384,
+        max_length=384,
+    )
     config.pretrain.update(
         epochs=1.0,
-        generated=160_000,
+        generated=100_000,
         learning_rate=3e-3,
-        batch_tokens=8192,
+        batch_tokens=2048,
         row_tokens=256,
         microbatch_rows=4,
-        warmup_steps=50,
+        warmup_steps=100,
     )
 
 
 def _tiny(config: ConfigDict) -> None:
     config.data.update(train_size=24, heldout_fraction=0.25, test_size=8)
     config.text.vocab_size = 400
-    _from_scratch(config, layers=2, width=32, heads=2, head_size=16, mlp_width=64, max_length=768)
+    _from_scratch(
+        config, layers=2, width=32, heads=2, kv_heads=1, head_size=16, mlp_width=64, max_length=768
+    )
     config.mesh.cpu_devices = 1
     config.pretrain.update(epochs=1.0, generated=100)
     config.baseline.epochs = 3.0
