@@ -145,6 +145,7 @@ def default() -> ConfigDict:
             heldout_completions=20,  # for each held-out problem, for the verifier's held-out loss
             test_completions=100,  # for each test problem (figure 7a: up to 3200)
             train_problems=0,  # train problems to sample, 0 for all
+            imported="",  # .jsonl of completions sampled elsewhere (see data/imported.py)
             temperature=0.7,
             top_k=0,  # 0: all tokens; open
             top_p=1.0,  # 1: all tokens; open
@@ -170,6 +171,7 @@ def default() -> ConfigDict:
     )
     config.score = ConfigDict(
         dict(
+            imported="",  # as in sample, for the test problems
             aggregate="last",  # of the values after each token: last | mean | min | product; open
             row_tokens=512,
             rows=16,  # rows computed at one time
