@@ -154,7 +154,7 @@ def prepare(run: Run) -> None:
     trained_on = splits["train"] + splits["heldout"]
     longest = max(len(run.question(p)) + len(run.solution(p)) for p in trained_on)
     row_tokens = min(run.config[s].row_tokens for s in ("finetune", "baseline", "verify"))
-    if longest > min(row_tokens, run.config.model.max_length):
+    if longest > min(row_tokens, run.model.max_length):
         raise ValueError(
             f"the longest training problem has {longest} tokens: raise row_tokens of finetune, "
             "baseline and verify, and model.max_length, to hold it"
@@ -192,6 +192,10 @@ def _fit(
     held_out: Sequence[Tree],
     objective: Objective | None = None,
 ) -> None:
+    """Train a model of the run and save it; 0 epochs save what training would start from."""
+    if not run.config[stage].epochs:
+        _save(run, name, model, params)
+        return
     log = metrics.Metrics(run.folder / "metrics", name, enabled=jax.process_index() == 0)
     params = loop.fit(
         model=model,
@@ -222,12 +226,10 @@ def pretrain(run: Run) -> None:
         params = hf.load(run.start, run.mesh)[1]
     else:
         params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
-    if not run.config.pretrain.epochs:
-        _save(run, "pretrained", run.model, params)
-        return
     end = run.tokenizer.end
-    texts = [[end, *ids, end] for ids in run.tokenizer.encode_batch(list(_documents(run)))]
-    trees = document_trees(texts, run.config.pretrain.row_tokens)
+    texts = list(_documents(run)) if run.config.pretrain.epochs else []
+    ids = [[end, *ids, end] for ids in run.tokenizer.encode_batch(texts)]
+    trees = document_trees(ids, run.config.pretrain.row_tokens)
     aside = max(1, len(trees) // 100)
     _fit(
         run,
@@ -244,7 +246,7 @@ def finetune(run: Run) -> None:
     """The generator, and the baseline trained longer that answers greedily (section 4.1)."""
     for name, stage in (("generator", "finetune"), ("baseline", "baseline")):
         options = run.config[stage]
-        if options.epochs > 0:
+        if options.epochs or name == "generator":
             trees, held_out = (
                 finetuning_trees(
                     [run.question(p) for p in found],
