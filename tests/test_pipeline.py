@@ -318,6 +318,20 @@ def test_a_damaged_shard_is_named(copy: Path, environment) -> None:
     assert "should hold 3 shards, it holds 2" in done.err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_zeroshot_ranks_the_answers_of_the_pretrained_model(tmp_path: Path, environment) -> None:
+    config = "--config=configs/paper/zeroshot.py:quickstart-tiny"
+    done = run_main(tmp_path, environment, config)  # the later flag counts
+    assert done.code == 0, done.err
+    generator = hashes_of(tmp_path / "generator")
+    assert generator == hashes_of(tmp_path / "pretrained")
+    assert not (tmp_path / "baseline").exists()
+    accuracy = results_of(tmp_path)["accuracy"]
+    assert set(accuracy) == NAMES
+    scores = records.read_all(tmp_path / "scores/test", Score)
+    assert {score.score for score in scores} == {0.5}
+
+
 # Sampled elsewhere
 
 
