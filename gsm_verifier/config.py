@@ -57,7 +57,7 @@ def training(**changes: Any) -> ConfigDict:
     """Options of one training stage (table 1)."""
     options = ConfigDict(
         dict(
-            epochs=1.0,  # passes over the stage's examples; 0 skips the stage
+            epochs=1.0,  # passes over the stage's examples; 0 keeps the model it starts from
             learning_rate=1e-5,  # table 1: 1.6e-5 (3B) ... 6e-6 (175B); finetuning a tenth of it
             batch_tokens=32_000,  # tokens of one optimiser step (table 1)
             row_tokens=512,  # T: examples are packed into rows of this length
@@ -132,12 +132,14 @@ def default() -> ConfigDict:
         generated=20_000,  # generated documents
         clip_norm=1.0,
     )
-    # The generator that is sampled (section 4.2: 2 epochs, before coverage falls; figure 3).
+    # The generator that is sampled (section 4.2: 2 epochs, before coverage falls; figure 3); with 0
+    # epochs the pretrained model itself.
     config.finetune = training(
         epochs=2.0,
         question_loss=True,  # section 4.1: the loss is over all tokens
     )
-    # The baseline that answers with one sample at temperature 0 (section 4.1: 20 epochs).
+    # The baseline that answers with one sample at temperature 0 (section 4.1: 20 epochs); with 0
+    # epochs the generator is its own.
     config.baseline = training(epochs=20.0, question_loss=True)
     config.sample = ConfigDict(
         dict(
@@ -145,6 +147,7 @@ def default() -> ConfigDict:
             heldout_completions=20,  # for each held-out problem, for the verifier's held-out loss
             test_completions=100,  # for each test problem (figure 7a: up to 3200)
             train_problems=0,  # train problems to sample, 0 for all
+            imported="",  # .jsonl of completions sampled elsewhere (see data/imported.py)
             temperature=0.7,
             top_k=0,  # 0: all tokens; open
             top_p=1.0,  # 1: all tokens; open
@@ -170,6 +173,7 @@ def default() -> ConfigDict:
     )
     config.score = ConfigDict(
         dict(
+            imported="",  # as in sample, for the test problems
             aggregate="last",  # of the values after each token: last | mean | min | product; open
             row_tokens=512,
             rows=16,  # rows computed at one time

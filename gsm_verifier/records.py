@@ -40,7 +40,8 @@ class Completion:
       problem: id of its problem. sample: its number, from 0.
       text: what was written. tokens: its ids, the end-of-text token included if it came.
       forced: was the token forced by the calculator?
-      logprob: sum of the log-probabilities, at temperature 1, of the tokens that weren't forced.
+      logprob: sum of the log-probabilities, at temperature 1, of the tokens that weren't forced;
+        None of a completion sampled elsewhere that came without.
       finished: ended by itself, not by the limit of tokens.
     """
 
@@ -49,7 +50,7 @@ class Completion:
     text: str
     tokens: list[int]
     forced: list[bool]
-    logprob: float
+    logprob: float | None
     finished: bool
 
 

@@ -31,6 +31,7 @@ from gsm_verifier import checkpoint, metrics, provenance, rank, records, shardin
 from gsm_verifier.config import leaves
 from gsm_verifier.data import documents, synthetic
 from gsm_verifier.data import problems as problems_io
+from gsm_verifier.data.imported import Imported
 from gsm_verifier.data.packing import Tree
 from gsm_verifier.model import config as model_config
 from gsm_verifier.model import hf, transformer
@@ -153,11 +154,13 @@ def prepare(run: Run) -> None:
     trained_on = splits["train"] + splits["heldout"]
     longest = max(len(run.question(p)) + len(run.solution(p)) for p in trained_on)
     row_tokens = min(run.config[s].row_tokens for s in ("finetune", "baseline", "verify"))
-    if longest > min(row_tokens, run.config.model.max_length):
+    if longest > min(row_tokens, run.model.max_length):
         raise ValueError(
             f"the longest training problem has {longest} tokens: raise row_tokens of finetune, "
             "baseline and verify, and model.max_length, to hold it"
         )
+    for stage in IMPORTS:
+        _imported(run, stage)  # what is wrong there is told before any training
 
 
 def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
@@ -189,6 +192,10 @@ def _fit(
     held_out: Sequence[Tree],
     objective: Objective | None = None,
 ) -> None:
+    """Train a model of the run and save it; 0 epochs save what training would start from."""
+    if not run.config[stage].epochs:
+        _save(run, name, model, params)
+        return
     log = metrics.Metrics(run.folder / "metrics", name, enabled=jax.process_index() == 0)
     params = loop.fit(
         model=model,
@@ -219,12 +226,10 @@ def pretrain(run: Run) -> None:
         params = hf.load(run.start, run.mesh)[1]
     else:
         params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
-    if not run.config.pretrain.epochs:
-        _save(run, "pretrained", run.model, params)
-        return
     end = run.tokenizer.end
-    texts = [[end, *ids, end] for ids in run.tokenizer.encode_batch(list(_documents(run)))]
-    trees = document_trees(texts, run.config.pretrain.row_tokens)
+    texts = list(_documents(run)) if run.config.pretrain.epochs else []
+    ids = [[end, *ids, end] for ids in run.tokenizer.encode_batch(texts)]
+    trees = document_trees(ids, run.config.pretrain.row_tokens)
     aside = max(1, len(trees) // 100)
     _fit(
         run,
@@ -241,7 +246,7 @@ def finetune(run: Run) -> None:
     """The generator, and the baseline trained longer that answers greedily (section 4.1)."""
     for name, stage in (("generator", "finetune"), ("baseline", "baseline")):
         options = run.config[stage]
-        if options.epochs > 0:
+        if options.epochs or name == "generator":
             trees, held_out = (
                 finetuning_trees(
                     [run.question(p) for p in found],
@@ -306,9 +311,63 @@ def _engine(run: Run, name: str, completions: int, **changes: Any) -> Engine:
     )
 
 
+# Stages that may import completions: the splits in their file, and the keys of their numbers.
+IMPORTS = {
+    "sample": {"train": "completions", "heldout": "heldout_completions"},
+    "score": {"test": "test_completions"},
+}
+
+
+def _imported(run: Run, stage: str) -> dict[str, Imported]:
+    """The file of completions sampled elsewhere that a stage of `IMPORTS` is given, by split.
+
+    Raises:
+      ValueError: what isn't a completion of a problem of its splits, or another number of them than
+        the config's; a test problem without any, or no train problem with some.
+    """
+    path = run.config[stage].imported
+    if not path:
+        return {}
+    problems = {split: run.problems(split) for split in IMPORTS[stage]}
+    file = Imported(path, itertools.chain(*problems.values()))
+    splits = []
+    for split, key in IMPORTS[stage].items():
+        there = [p.id for p in problems[split] if split == "test" or p.id in file.counts]
+        n = run.config.sample[key]
+        wrong = next((p for p in there if file.counts.get(p, 0) != n), None)
+        if wrong:
+            raise ValueError(
+                f"{path}: {file.counts.get(wrong, 0)} completions of problem {wrong}, but "
+                f"config.sample.{key} is {n}: make them the same for all problems"
+            )
+        splits += [split] if there else []
+    if splits == ["heldout"] or not splits:
+        raise ValueError(f"{path}: no completion of a problem to train on: add some")
+    return dict.fromkeys(splits, file)
+
+
+def _import(run: Run, split: str, file: Imported) -> None:
+    """The completions of a file as samples of a split, for the problems it has."""
+    size = run.config.records.shard_problems
+    row_tokens = run.config["score" if split == "test" else "verify"].row_tokens
+    longest = min(row_tokens, run.model_of("verifier").max_length)
+    problems = [p for p in run.problems(split) if p.id in file.counts]
+    count = -(-len(problems) // size)
+    for i in range(count):
+        path = records.shard_path(run.folder / "samples" / split, i, count)
+        if not path.exists():
+            some = problems[i * size : (i + 1) * size]
+            rows = [c for p in some for c in file.completions(p, run.tokenizer, longest)]
+            records.write(path, Completion, rows)
+
+
 def sample(run: Run) -> None:
-    """Completions of the training problems by the generator (section 4.2)."""
+    """Completions of the training problems, by the generator or from elsewhere (section 4.2)."""
     options = run.config.sample
+    if options.imported:
+        for split, file in _imported(run, "sample").items():
+            _import(run, split, file)
+        return
     engine = _engine(run, "generator", options.completions)
     train = run.problems("train")[: options.train_problems or None]
     _sample(run, engine, run.folder / "samples/train", train, options.completions)
@@ -390,7 +449,10 @@ def score(run: Run) -> None:
     test = run.problems("test")
     samples = run.folder / "samples"
     n = options.test_completions
-    _sample(run, _engine(run, "generator", n), samples / "test", test, n)
+    if run.config.score.imported:
+        _import(run, "test", _imported(run, "score")["test"])
+    else:
+        _sample(run, _engine(run, "generator", n), samples / "test", test, n)
     baseline = "baseline" if run.config.baseline.epochs > 0 else "generator"
     _sample(run, _engine(run, baseline, 1, temperature=0.0), samples / "greedy", test, 1)
     scorer = Scorer(
@@ -439,8 +501,9 @@ def rank_(run: Run) -> None:
         ]
         columns.append([list(column) for column in zip(*made, strict=True)])
     found, correct, score, logprob, length = (list(c) for c in zip(*columns, strict=True))
+    known = None not in itertools.chain(*logprob)  # of what was sampled elsewhere it may not be
     candidates = rank.Candidates.from_lists(
-        found, correct, score=score, logprob=logprob, length=length
+        found, correct, score=score, logprob=logprob if known else None, length=length
     )
     greedy = {
         row.problem: row.correct for row in records.read_all(run.folder / "labels/greedy", Label)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from gsm_verifier import config as config_module
 from gsm_verifier.config import leaves, validate
+from gsm_verifier.data import documents
 from gsm_verifier.model import config as model_config
 from gsm_verifier.text.tokenizer import Tokenizer
 
@@ -147,6 +148,42 @@ def test_the_small_model_shares_the_quickstarts_tokenizer() -> None:
         "text",
         "model",
         "pretrain",
+    }
+
+
+# Words before a recipe
+
+
+def test_dropout_is_in_every_stage_that_trains_after_additional_pretraining() -> None:
+    stages = ("pretrain", "finetune", "baseline", "verify")
+    wanted = {f"{stage}.dropout": 0.2 for stage in stages}
+    for base in RECIPES:
+        config = recipe(f"dropout-{base}")
+        validate(config)
+        epochs = {} if recipe(base).pretrain.epochs else {"pretrain.epochs": 1.0}
+        assert changes(config, recipe(base)) == wanted | epochs
+
+
+def test_a_real_model_asks_for_the_documents_of_its_pretraining(tmp_path: Path) -> None:
+    source = recipe("dropout-gsm8k-gpt2").pretrain.documents
+    with pytest.raises(ValueError, match=r"documents\.jsonl: no such file of documents"):
+        documents.read(str(tmp_path / source))
+
+
+def test_zeroshot_trains_nothing_after_pretraining() -> None:
+    for base in RECIPES:
+        config = recipe(f"zeroshot-{base}")
+        validate(config)
+        assert {config[stage].epochs for stage in ("finetune", "baseline", "verify")} == {0.0}
+        sizes = {"sample.train_problems", "sample.completions", "sample.heldout_completions"}
+        assert {key for key in changes(config, recipe(base)) if ".epochs" not in key} <= sizes
+
+
+def test_words_stand_before_recipes_and_after_points() -> None:
+    config = point("figure6a", "solution,dropout-gsm8k-gpt2")
+    assert changes(config, recipe("gsm8k-gpt2")) == {
+        "verify.level": "solution",
+        **changes(recipe("dropout-gsm8k-gpt2"), recipe("gsm8k-gpt2")),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -315,6 +316,109 @@ def test_a_damaged_shard_is_named(copy: Path, environment) -> None:
     done = run_main(copy, environment, "--stages=rank")
     assert done.code == 1
     assert "should hold 3 shards, it holds 2" in done.err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_zeroshot_ranks_the_answers_of_the_pretrained_model(tmp_path: Path, environment) -> None:
+    config = "--config=configs/paper/zeroshot.py:quickstart-tiny"
+    done = run_main(tmp_path, environment, config)  # the later flag counts
+    assert done.code == 0, done.err
+    generator = hashes_of(tmp_path / "generator")
+    assert generator == hashes_of(tmp_path / "pretrained")
+    assert not (tmp_path / "baseline").exists()
+    accuracy = results_of(tmp_path)["accuracy"]
+    assert set(accuracy) == NAMES
+    scores = records.read_all(tmp_path / "scores/test", Score)
+    assert {score.score for score in scores} == {0.5}
+
+
+# Sampled elsewhere
+
+
+def sampled_elsewhere(
+    run: Path, split: str, path: Path, **keys: Callable[[Completion], Any]
+) -> str:
+    """A run's own samples of a split, and of those held out, as a file from elsewhere."""
+    splits = [split, "heldout"] if split == "train" else [split]
+    found = [c for s in splits for c in records.read_all(run / "samples" / s, Completion)]
+    found.sort(key=lambda c: c.sample)  # those of a problem aren't side by side
+    with open(path, "w", encoding="utf-8") as file:
+        for c in found:
+            row = {"problem": c.problem, "completion": c.text, "finished": c.finished}
+            row |= {key: value(c) for key, value in keys.items()}
+            file.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def test_completions_from_elsewhere_are_labelled_scored_ranked_and_reported(
+    finished, copy: Path, environment, tmp_path: Path
+) -> None:
+    for stage in STAGES[STAGES.index("sample") :]:
+        (copy / f"{stage}.done").unlink()
+    for name in ("samples", "labels", "scores", "verifier"):
+        shutil.rmtree(copy / name)
+    train = sampled_elsewhere(finished.folder, "train", tmp_path / "train.jsonl")
+    test = sampled_elsewhere(finished.folder, "test", tmp_path / "test.jsonl")
+    flags = [f"--config.sample.imported={train}", f"--config.score.imported={test}"]
+    done = run_main(copy, environment, *flags)
+    assert done.code == 0, done.err
+    assert list(shards_of(copy)) == list(shards_of(finished.folder))
+    for split in ("train", "heldout", "test"):
+        ours, theirs = (
+            records.read_all(run / "samples" / split, Completion) for run in (copy, finished.folder)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.problem, a.sample, a.text) == (b.problem, b.sample, b.text)
+            assert (a.finished, a.logprob) == (b.finished, None)
+    same = ["labels/train", "labels/heldout", "labels/test", "samples/greedy"]
+    assert shards_of(copy, *same) == shards_of(finished.folder, *same)
+    ours, theirs = results_of(copy)["accuracy"], results_of(finished.folder)["accuracy"]
+    assert set(ours) == NAMES - {"logprob"}
+    for name in ("greedy", "random", "majority", "integer_only", "coverage"):
+        assert ours[name] == theirs[name]
+
+
+def test_log_probabilities_from_elsewhere_are_ranked_by(
+    finished, copy: Path, environment, tmp_path: Path
+) -> None:
+    for stage in ("score", "rank", "report"):
+        (copy / f"{stage}.done").unlink()
+    for name in ("samples/test", "scores", "labels/test"):
+        shutil.rmtree(copy / name)
+    test = sampled_elsewhere(
+        finished.folder, "test", tmp_path / "test.jsonl", logprob=lambda c: c.logprob
+    )
+    done = run_main(copy, environment, f"--config.score.imported={test}")
+    assert done.code == 0, done.err
+    ours, theirs = results_of(copy)["accuracy"], results_of(finished.folder)["accuracy"]
+    assert ours["logprob"] == theirs["logprob"]
+
+
+def test_a_file_from_elsewhere_is_checked_before_any_training(finished, tmp_path: Path) -> None:
+    def refusal(stage: str, path: str, **changes: Any) -> str:
+        config = config_of(finished.folder)
+        config[stage].imported = path
+        config.sample.update(changes)
+        with pytest.raises(ValueError, match=re.escape(path)) as error:
+            pipeline.run_stages(config, tmp_path / "run", ["prepare"])
+        shutil.rmtree(tmp_path / "run")
+        return str(error.value)
+
+    train = sampled_elsewhere(finished.folder, "train", tmp_path / "train.jsonl")
+    test = sampled_elsewhere(finished.folder, "test", tmp_path / "test.jsonl")
+    message = refusal("sample", train, completions=5)
+    assert "4 completions of problem" in message
+    assert "config.sample.completions is 5" in message
+    assert "config.sample.heldout_completions is 3" in refusal(
+        "sample", train, heldout_completions=3
+    )
+    lines = Path(test).read_text().splitlines(keepends=True)
+    assert "is none of this run's problems" in refusal("sample", test)
+    missing = json.loads(lines[0])["problem"]
+    Path(test).write_text("".join(line for line in lines if missing not in line))
+    assert f"0 completions of problem {missing}" in refusal("score", test)
+    Path(test).write_text("")
+    assert "no completion of a problem to train on" in refusal("sample", test)
 
 
 # Killed and begun again

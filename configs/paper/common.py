@@ -6,6 +6,7 @@
 
 A recipe is the name of a file beside this one or in configs/ and, after a dash, its argument. A
 figure can be a recipe too: `figure7b.py:30,figure7a-3200` is figure 7b on what figure 7a samples.
+So can a word, which changes the recipe after it: `figure6a.py:solution,dropout-gsm8k-gpt2`.
 """
 
 import runpy
@@ -28,21 +29,35 @@ def get_config(recipe: str = "quickstart") -> ConfigDict:
     raise ValueError(f"no recipe {recipe!r}: there is no {name}.py in configs/ or configs/paper/")
 
 
-def figure(points: Mapping[str, Mapping[str, Any]]) -> Callable[[str], ConfigDict]:
-    """The `get_config` of a figure: its points are changes of keys, the first one the default.
+def dropout(*stages: str) -> dict[str, float]:
+    """Section 4.3's residual dropout in some stages."""
+    return {f"{stage}.dropout": 0.2 for stage in stages}
+
+
+def word(changes: Mapping[str, Any]) -> Callable[[str], ConfigDict]:
+    """The `get_config` of a word: a recipe with changes of keys.
 
     A change that is a function is applied to the recipe's value.
     """
+
+    def get_changed(recipe: str = "quickstart") -> ConfigDict:
+        config = get_config(recipe)
+        for key, change in changes.items():
+            section, name = key.split(".")
+            old = config[section][name]
+            config[section][name] = change(old) if callable(change) else change
+        return config
+
+    return get_changed
+
+
+def figure(points: Mapping[str, Mapping[str, Any]]) -> Callable[[str], ConfigDict]:
+    """The `get_config` of a figure: its points are words, the first one the default."""
 
     def get_figure(argument: str = "") -> ConfigDict:
         point, _, recipe = argument.partition(",")
         if point and point not in points:
             raise ValueError(f"no point {point!r}: use one of {', '.join(points)}")
-        config = get_config(recipe or "quickstart")
-        for key, change in points[point or next(iter(points))].items():
-            section, name = key.split(".")
-            old = config[section][name]
-            config[section][name] = change(old) if callable(change) else change
-        return config
+        return word(points[point or next(iter(points))])(recipe or "quickstart")
 
     return get_figure

@@ -15,6 +15,6 @@ from pathlib import Path
 
 COMMON = runpy.run_path(str(Path(__file__).with_name("common.py")))
 MORE = {"pretrain.epochs": 1.0}
-DROPOUT = {f"{stage}.dropout": 0.2 for stage in ("pretrain", "finetune", "baseline")}
+DROPOUT = COMMON["dropout"]("pretrain", "finetune", "baseline")
 POINTS = {"none": {}, "control": MORE, "dropout": MORE | DROPOUT}
 get_config = COMMON["figure"](POINTS)

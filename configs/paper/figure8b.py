@@ -15,6 +15,6 @@ from pathlib import Path
 COMMON = runpy.run_path(str(Path(__file__).with_name("common.py")))
 LEVEL = {"verify.level": "solution"}
 MORE = LEVEL | {"pretrain.epochs": 1.0}
-DROPOUT = {"pretrain.dropout": 0.2, "verify.dropout": 0.2}
+DROPOUT = COMMON["dropout"]("pretrain", "verify")
 POINTS = {"none": LEVEL, "control": MORE, "dropout": MORE | DROPOUT}
 get_config = COMMON["figure"](POINTS)

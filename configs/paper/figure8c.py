@@ -18,6 +18,6 @@ LARGER = {
     "sample.completions": lambda completions: 3 * completions,
 }
 MORE = LARGER | {"pretrain.epochs": 1.0}
-DROPOUT = {"pretrain.dropout": 0.2, "verify.dropout": 0.2}
+DROPOUT = COMMON["dropout"]("pretrain", "verify")
 POINTS = {"none": LARGER, "control": MORE, "dropout": MORE | DROPOUT}
 get_config = COMMON["figure"](POINTS)

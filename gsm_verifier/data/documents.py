@@ -32,15 +32,24 @@ def read(source: str) -> Iterator[str]:
     return readers[path.suffix](path)
 
 
+def _numbered(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that aren't blank; they end in \\n alone, as texts contain U+2028."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8: save it as that") from error
+            if text.strip():
+                yield number, text.rstrip("\n")
+
+
 def _lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.strip():
-                yield line.rstrip("\n")
+    return (text for _, text in _numbered(path))
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _numbered(path):
         try:
             text = json.loads(line)[KEY]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -52,10 +61,14 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 def _parquet(path: Path) -> Iterator[str]:
     try:
-        for batch in pq.ParquetFile(path).iter_batches(columns=[KEY]):
+        table = pq.ParquetFile(path)
+        kind = table.schema_arrow.field(KEY).type
+        if kind not in (pa.string(), pa.large_string()):
+            raise KeyError(f"it is one of {kind}")
+        for batch in table.iter_batches(columns=[KEY]):
             yield from (text for text in batch.column(KEY).to_pylist() if text)
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise ValueError(f'{path}: no parquet file with a column "{KEY}": {error}') from error
+        raise ValueError(f'{path}: no parquet file with texts in "{KEY}": {error}') from error
 
 
 def _tfds(name: str) -> Iterator[str]:

@@ -38,7 +38,7 @@ class BrowsedCompletion:
       score: what the completion was ranked by.
       correct: whether its final answer is right.
       answer: its final answer, if it gave one.
-      logprob: the generator's log-probability of the completion.
+      logprob: the generator's log-probability of the completion, if it is known.
       sample: its index among the problem's samples.
     """
 
@@ -48,7 +48,7 @@ class BrowsedCompletion:
     score: float | None
     correct: bool
     answer: str | None
-    logprob: float
+    logprob: float | None
     sample: int
 
     def __post_init__(self) -> None:
