@@ -30,6 +30,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # A busy machine may keep one device's thread from a collective for longer than 40 s.
+        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=500",
     }
 
 
