@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from gsm_verifier import processes
+
 _COMMITTED = "_CHECKPOINT_METADATA"  # orbax itself takes any folder with a number for a checkpoint
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -50,7 +52,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 1):
         self._folder = Path(folder).absolute()
-        self._quarantine()
+        if processes.first():
+            self._quarantine()
+        processes.wait_for_all(f"{self._folder} is in order")
         with _told(f"a checkpoint in {self._folder}"):
             self._checkpointer = ocp.training.Checkpointer(
                 self._folder,

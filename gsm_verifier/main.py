@@ -6,6 +6,7 @@ Every key of the config can be overridden: --config.sample.temperature=1.0
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend
     import jax
 
+    from gsm_verifier import pipeline, processes
+    from gsm_verifier.stages import STAGES
+    from gsm_verifier.train.loop import Stopped
+
     config = _CONFIG.value
     try:
         if "://" in _WORKDIR.value:
@@ -46,22 +51,16 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        if told.count(None) in (1, 2):
-            raise ValueError("--coordinator, --processes and --process go together")
-        if _DISTRIBUTED.value or None not in told:  # before anything asks for a device
-            wait = dict(heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)  # for the dead
-            try:
-                jax.distributed.initialize(*told, **wait)
-            except ValueError as error:
-                raise ValueError(f"{error} Give --coordinator, --processes, --process") from error
-        from gsm_verifier import pipeline
-        from gsm_verifier.stages import STAGES
-
+        if _DISTRIBUTED.value or told != (None, None, None):
+            processes.meet(*told)
         pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise
         sys.exit(f"gsm_verifier: {error}")
+    except Stopped as stopped:
+        print(f"gsm_verifier: {stopped}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)  # as if it had killed the process, so that it is run again
 
 
 if __name__ == "__main__":

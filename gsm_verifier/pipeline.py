@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from gsm_verifier import provenance, records
+from gsm_verifier import processes, provenance, records
 from gsm_verifier.config import validate
 from gsm_verifier.stages import STAGES, Run, keys_read
 
@@ -30,6 +29,9 @@ METHODS = {
 def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
     """Run the named stages of a work directory, in their order.
 
+    Of many processes all call this. They look at what is there before the first one changes it; a
+    stage begins when all have finished the one before.
+
     Raises:
       ValueError: an unknown stage or a nonsensical config; a config that differs from the one that
         made what is in the folder; a stage before the named ones that hasn't run.
@@ -44,46 +46,57 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
     for name in list(STAGES)[:first]:
         if not _marker(folder, name, "done").exists():
             raise ValueError(f"stage {name} of {folder} hasn't run: run it first")
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps(config.to_dict(), indent=1).encode()
-    records.write_atomically(folder / "config.json", whole)
+    done = {name for name in STAGES if _marker(folder, name, "done").exists()}
+    processes.wait_for_all("looked around")
+    if processes.first():
+        whole = json.dumps(config.to_dict(), indent=1).encode()
+        records.write_atomically(folder / "config.json", whole)
     run = Run(config, folder)
-    for name, stage in STAGES.items():
-        if name not in names:
-            continue
-        if _marker(folder, name, "done").exists():
-            print(f"{name}: done before, skipped", flush=True)
-            continue
-        print(f"{name}: {stage.does}", flush=True)
-        _write_marker(config, folder, name, "started", None)
-        began = time.perf_counter()
-        stage.run(run)
-        seconds = time.perf_counter() - began
-        _write_marker(config, folder, name, "done", seconds)
-        _marker(folder, name, "started").unlink()
-        print(f"{name}: {seconds:.1f} s", flush=True)
+    for name in STAGES:
+        if name in names and name not in done:
+            _run_stage(run, name)
+        elif name in names:
+            _say(f"{name}: done before, skipped")
     if (folder / "results.json").exists():
-        print(closing_table(json.loads((folder / "results.json").read_bytes())))
+        _say(closing_table(json.loads((folder / "results.json").read_bytes())))
     if (folder / "report.html").exists():
-        print(f"report: {folder / 'report.html'}")
+        _say(f"report: {folder / 'report.html'}")
+
+
+def _run_stage(run: Run, name: str) -> None:
+    stage = STAGES[name]
+    _say(f"{name}: {stage.does}")
+    if processes.first():
+        _write_marker(run, name, "started", None)
+    began = time.perf_counter()
+    if processes.first() or not stage.alone:
+        stage.run(run)
+    processes.wait_for_all(f"{name} is done")
+    seconds = time.perf_counter() - began
+    if processes.first():
+        _write_marker(run, name, "done", seconds)
+        _marker(run.folder, name, "started").unlink()
+    _say(f"{name}: {seconds:.1f} s")
+
+
+def _say(text: str) -> None:
+    if processes.first():
+        print(text, flush=True)
 
 
 def _marker(folder: Path, stage: str, state: str) -> Path:
     return folder / f"{stage}.{state}"
 
 
-def _write_marker(
-    config: ConfigDict, folder: Path, stage: str, state: str, seconds: float | None
-) -> None:
-    if jax.process_index():
-        return
+def _write_marker(run: Run, stage: str, state: str, seconds: float | None) -> None:
     marker = {
-        "keys": keys_read(stage, config),
+        "keys": keys_read(stage, run.config),
         "seconds": seconds,
         "commit": provenance.commit(),
         "versions": provenance.versions(),
     }
-    records.write_atomically(_marker(folder, stage, state), json.dumps(marker, indent=1).encode())
+    path = _marker(run.folder, stage, state)
+    records.write_atomically(path, json.dumps(marker, indent=1).encode())
 
 
 def _refuse_change(config: ConfigDict, folder: Path, stage: str) -> None:

@@ -8,6 +8,7 @@ the shards that exist.
 
 import itertools
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,12 @@ Record = TypeVar("Record", Completion, Label, Score)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none: temporary name, fsync, rename."""
+    """Write a whole file or none: temporary name, fsync, rename.
+
+    The name is no other writer's, on whatever host of a shared file system.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

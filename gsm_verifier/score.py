@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from gsm_verifier import sharding
+from gsm_verifier import processes, sharding
 from gsm_verifier.data.packing import Branch, PackedRows, Tree, split
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import ModelConfig
@@ -31,7 +31,11 @@ def aggregate(values: Sequence[float], how: str) -> float:
 
 
 class Scorer:
-    """Computes values with one verifier. Completions of a problem share its computed question."""
+    """Computes values with one verifier. Completions of a problem share its computed question.
+
+    Every process fills its own rows with completions of its own and reads their values only. They
+    step together: one that has less goes on with empty rows.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class Scorer:
         rows: int,
     ):
         devices = sharding.row_devices(mesh)
-        self._rows = -(-rows // devices) * devices
+        self._rows = len(sharding.share(mesh).rows(-(-rows // devices) * devices))
         self._params, self._mesh, self._row_tokens = params, mesh, row_tokens
         model = Transformer(config)
 
@@ -55,7 +59,7 @@ class Scorer:
             )
             return squashed(model.apply(params, hidden_BTD, method="value"), squash)
 
-        self._values = jax.jit(values)
+        self._values = jax.jit(values, out_shardings=sharding.named(mesh, "BT"))
 
     def __call__(
         self, items: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]]
@@ -74,7 +78,8 @@ class Scorer:
         packed = PackedRows(trees, self._row_tokens, 1, seed=0)
         found: dict[int, list[np.ndarray]] = {}
         with jax.set_mesh(self._mesh):
-            for index, fields in enumerate(packed.batches(self._rows)):
+            (most,) = processes.largest(-(-len(packed) // self._rows))
+            for index, fields in enumerate(packed.batches(self._rows, at_least=most)):
                 values_BT = self._values(self._params, loop.device_batch(self._mesh, fields, 1))
                 values = sharding.to_host(values_BT)
                 for b in range(self._rows):

@@ -19,9 +19,10 @@ A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded o
 `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,6 +64,53 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
 def row_devices(mesh: Mesh) -> int:
     """Devices that work on different rows (B, or P in the sampler)."""
     return math.prod(mesh.shape[axis] for axis in RULES["B"])
+
+
+class Share(NamedTuple):
+    """Which rows (B, or P in the sampler) are a process's own.
+
+    The rows are cut into as many blocks as there are devices that work on different rows. Processes
+    among which `tensor` splits a row share its block: they hold the same rows, and the first of
+    them speaks for all.
+
+    Attributes:
+      index, count: which of the different parts of the rows this is, and how many there are.
+      blocks, of: numbers of its blocks, and how many there are in all.
+      speaks: is this process the first that holds it, and so the one that writes what is of it?
+    """
+
+    index: int
+    count: int
+    blocks: tuple[int, ...]
+    of: int
+    speaks: bool
+
+    def rows(self, total: int) -> np.ndarray:
+        """Which of `total` rows are its own, in order; `total` is a multiple of `of`."""
+        return np.arange(total).reshape(self.of, -1)[list(self.blocks)].ravel()
+
+
+@functools.cache
+def share(mesh: Mesh) -> Share:
+    """This process's share of the rows.
+
+    Raises:
+      ValueError: a mesh on which processes have some rows in common and others not.
+    """
+    of = row_devices(mesh)
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in named(mesh, "B").devices_indices_map((of,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    blocks = {process: tuple(sorted(found)) for process, found in held.items()}
+    parts = sorted(set(blocks.values()))
+    if sum(map(len, parts)) != of or len(set(map(len, parts))) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} cuts rows across {len(blocks)} processes unevenly: make "
+            "tensor divide the devices of a process, or be a multiple of them"
+        )
+    mine = blocks[jax.process_index()]
+    speaks = min(p for p in blocks if blocks[p] == mine) == jax.process_index()
+    return Share(parts.index(mine), len(parts), mine, of, speaks)
 
 
 def spec(letters: Sequence[str | None]) -> PartitionSpec:
@@ -135,17 +183,24 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def to_global(mesh: Mesh, letters: Sequence[str | None], host: np.ndarray) -> jax.Array:
-    """The global array of a host array that every process holds whole."""
-    sharding = named(mesh, letters)
-    if jax.process_count() == 1:
-        return jax.device_put(host, sharding)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    """The global array of host arrays: of B or P every process gives its own rows, in order.
+
+    Other dimensions every process holds whole; so does one process with all of its rows.
+    """
+    parts = share(mesh).count
+    shape = [n * parts if x in ("B", "P") else n for n, x in zip(host.shape, letters, strict=True)]
+    return jax.make_array_from_process_local_data(named(mesh, letters), host, tuple(shape))
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole value of a global array, on every process."""
-    if x.is_fully_addressable:
+    """Of a global array what this process's devices hold: the inverse of `to_global`."""
+    if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    shards = x.addressable_shards
+    size = shards[0].data.shape
+    starts = [sorted({s.index[axis].start or 0 for s in shards}) for axis in range(x.ndim)]
+    host = np.empty([len(found) * n for found, n in zip(starts, size, strict=True)], x.dtype)
+    for shard in shards:
+        at = [f.index(i.start or 0) for f, i in zip(starts, shard.index, strict=True)]
+        host[tuple(slice(a * n, (a + 1) * n) for a, n in zip(at, size, strict=True))] = shard.data
+    return host

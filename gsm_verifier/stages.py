@@ -12,6 +12,9 @@
 
 Each stage reads the records of the stages before it, calls one room of the package, and writes its
 own. Only `prepare` copies the test problems, and only score, rank and report use them.
+
+Of many processes, all run every stage, but for those that the first one runs alone. A record shard
+belongs to one process (`_own`), which alone reads or writes it; the work directory is common.
 """
 
 import itertools
@@ -27,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from gsm_verifier import checkpoint, metrics, provenance, rank, records, sharding
+from gsm_verifier import checkpoint, metrics, processes, provenance, rank, records, sharding
 from gsm_verifier.config import leaves
 from gsm_verifier.data import documents, synthetic
 from gsm_verifier.data import problems as problems_io
@@ -37,7 +40,7 @@ from gsm_verifier.model import config as model_config
 from gsm_verifier.model import hf, transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params
-from gsm_verifier.records import Completion, Label, Problem, Score
+from gsm_verifier.records import Completion, Label, Problem, Record, Score
 from gsm_verifier.report import page
 from gsm_verifier.sample.engine import Engine, Request, sampling_of
 from gsm_verifier.score import Scorer, aggregate
@@ -62,6 +65,10 @@ class Run:
     def mesh(self) -> jax.sharding.Mesh:
         mesh = self.config.mesh
         return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+
+    @cached_property
+    def share(self) -> sharding.Share:
+        return sharding.share(self.mesh)
 
     @cached_property
     def start(self) -> Path | None:
@@ -196,7 +203,7 @@ def _fit(
     if not run.config[stage].epochs:
         _save(run, name, model, params)
         return
-    log = metrics.Metrics(run.folder / "metrics", name, enabled=jax.process_index() == 0)
+    log = metrics.Metrics(run.folder / "metrics", name, enabled=processes.first())
     params = loop.fit(
         model=model,
         params=params,
@@ -269,30 +276,45 @@ def finetune(run: Run) -> None:
             )
 
 
+def _own(run: Run, shards: Sequence[Path]) -> list[Path]:
+    """The record shards that are this process's, dealt out like cards."""
+    return list(shards[run.share.index :: run.share.count])
+
+
+def _write(run: Run, path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
+    """Write a shard of one's own, of which every process that shares its rows has the content."""
+    if run.share.speaks:
+        records.write(path, kind, rows)
+
+
 def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem], n: int) -> None:
     """n completions of each problem, in shards; whole shards that exist are kept."""
     size = run.config.records.shard_problems
     count = -(-len(problems) // size)
-    order = {p.id: i for i, p in enumerate(problems)}
-    todo = [i for i in range(count) if not records.shard_path(folder, i, count).exists()]
-    left = {i: len(problems[i * size : (i + 1) * size]) * n for i in todo}
-    found: dict[int, list[Completion]] = {i: [] for i in todo}
+    paths = [records.shard_path(folder, i, count) for i in range(count)]
+    parts = {path: problems[i * size : (i + 1) * size] for i, path in enumerate(paths)}
+    todo = [path for path in _own(run, paths) if not path.exists()]
+    shard_of = {p.id: path for path in todo for p in parts[path]}
+    found: dict[Path, dict[tuple[str, int], Completion]] = {path: {} for path in todo}
     prompts = {p.id: run.question(p) for p in problems}
     longest = max(map(len, prompts.values()), default=0)
-    requests = [
-        Request(p.id, prompts[p.id], range(n)) for p in problems if order[p.id] // size in left
-    ]
-    total = sum(left.values())
-    with tqdm(total=total, desc=f"sample {folder.name}", unit="completion", mininterval=1) as bar:
+    requests = [Request(problem, prompts[problem], range(n)) for problem in shard_of]
+    with _bar(f"sample {folder.name}", "completion", len(shard_of) * n) as bar:
         for completion in engine.run(requests, longest):
-            shard = order[completion.problem] // size
-            found[shard].append(completion)
+            path = shard_of[completion.problem]
+            found[path][completion.problem, completion.sample] = completion
             bar.update()
-            left[shard] -= 1
-            if not left[shard]:
-                rows = sorted(found.pop(shard), key=lambda c: (order[c.problem], c.sample))
-                records.write(records.shard_path(folder, shard, count), Completion, rows)
+            if len(found[path]) == len(parts[path]) * n:
+                rows = found.pop(path)
+                ordered = [rows[p.id, m] for p in parts[path] for m in range(n)]
+                _write(run, path, Completion, ordered)
                 bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}", refresh=False)
+    processes.wait_for_all(f"{folder} is complete")
+
+
+def _bar(what: str, unit: str, total: int) -> tqdm:
+    """The progress of the first process's part."""
+    return tqdm(desc=what, unit=unit, total=total, mininterval=1, disable=not processes.first())
 
 
 def _engine(run: Run, name: str, completions: int, **changes: Any) -> Engine:
@@ -380,12 +402,13 @@ def label(run: Run) -> None:
     """Correct or not, by the final answer alone (section 4.2)."""
     for split in ("train", "heldout"):
         if (run.folder / "samples" / split).is_dir():
-            _label(run, split, run.problems(split))
+            own = _own(run, records.shards(run.folder / "samples" / split))
+            _label(run, split, run.problems(split), own)
 
 
-def _label(run: Run, split: str, problems: Sequence[Problem]) -> None:
+def _label(run: Run, split: str, problems: Sequence[Problem], paths: Sequence[Path]) -> None:
     gold = {p.id: p.solution for p in problems}
-    for path in records.shards(run.folder / "samples" / split):
+    for path in paths:
         labels = [
             Label(
                 c["problem"],
@@ -395,7 +418,7 @@ def _label(run: Run, split: str, problems: Sequence[Problem]) -> None:
             )
             for c in records.read(path, Completion, ["problem", "sample", "text"])
         ]
-        records.write(run.folder / "labels" / split / path.name, Label, labels)
+        _write(run, run.folder / "labels" / split / path.name, Label, labels)
 
 
 def verify(run: Run) -> None:
@@ -464,18 +487,25 @@ def score(run: Run) -> None:
         rows=run.config.score.rows,
     )
     problems = {p.id: p for p in test}
-    for path in tqdm(records.shards(samples / "test"), desc="score test", unit="shard"):
-        target = run.folder / "scores/test" / path.name
-        if not target.exists():
-            records.write(target, Score, list(_scores(run, scorer, problems, path)))
+    scores = run.folder / "scores/test"
+    own = _own(run, records.shards(samples / "test"))
+    todo = [path for path in own if not (scores / path.name).exists()]
+    (rounds,) = processes.largest(len(todo))  # a process without a shard left goes on with none
+    with _bar("score test", "shard", len(todo)) as bar:
+        for path in [*todo, *[None] * (rounds - len(todo))]:
+            completions = records.read(path, Completion) if path else []
+            scored = list(_scores(run, scorer, problems, completions))
+            if path:
+                _write(run, scores / path.name, Score, scored)
+                bar.update()
 
 
-def _scores(run: Run, scorer: Scorer, problems: dict[str, Problem], path: Path) -> Iterator[Score]:
+def _scores(
+    run: Run, scorer: Scorer, problems: dict[str, Problem], completions: Sequence[Completion]
+) -> Iterator[Score]:
     groups = [
         (problem, list(group))
-        for problem, group in itertools.groupby(
-            records.read(path, Completion), key=lambda c: c.problem
-        )
+        for problem, group in itertools.groupby(completions, key=lambda c: c.problem)
     ]
     items = [(run.question(problems[p]), [c.tokens for c in group]) for p, group in groups]
     for (_, group), values in zip(groups, scorer(items), strict=True):
@@ -492,7 +522,7 @@ def rank_(run: Run) -> None:
     """Every rule of choosing, at every N, with intervals and paired tests (figures 5 and 7)."""
     test = run.problems("test")
     for split in ("test", "greedy"):
-        _label(run, split, test)
+        _label(run, split, test, records.shards(run.folder / "samples" / split))
     columns = []
     for _, rows in records.by_problem(run.folder, "test", Completion, Label, Score):
         made = [
@@ -600,10 +630,16 @@ def _browse(
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, and the parts of the config it reads beside those of the stages before it."""
+    """A stage.
+
+    Attributes:
+      reads: the parts of the config it reads beside those of the stages before it.
+      alone: the first process runs it, and the others wait.
+    """
 
     run: Callable[[Run], None]
     reads: tuple[str, ...]
+    alone: bool = False
 
     @property
     def does(self) -> str:
@@ -612,15 +648,15 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage(prepare, ("seed", "data", "text")),
+    "prepare": Stage(prepare, ("seed", "data", "text"), alone=True),
     "pretrain": Stage(pretrain, ("model", "pretrain")),
     "finetune": Stage(finetune, ("finetune", "baseline")),
     "sample": Stage(sample, ("sample", "records")),
     "label": Stage(label, ()),
     "verify": Stage(verify, ("verify",)),
     "score": Stage(score, ("score",)),
-    "rank": Stage(rank_, ("rank",)),
-    "report": Stage(report, ("report",)),
+    "rank": Stage(rank_, ("rank",), alone=True),
+    "report": Stage(report, ("report",), alone=True),
 }
 
 

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A room imports itself and rooms on lower floors.
 FLOORS: list[set[str]] = [
-    {"records", "text", "config", "statistics", "metrics", "provenance"},
+    {"records", "text", "config", "statistics", "metrics", "provenance", "processes"},
     {"data", "sharding", "rank"},
     {"checkpoint"},
     {"model"},

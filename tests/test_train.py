@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
+from gsm_verifier import checkpoint, metrics
 from gsm_verifier import config as config_module
-from gsm_verifier import metrics
 from gsm_verifier.data.packing import FIELDS, PackedRows, Tree
 from gsm_verifier.metrics import Metrics
 from gsm_verifier.model import transformer
@@ -522,20 +523,22 @@ def test_metrics_of_other_processes_write_nothing(tmp_path: Path) -> None:
 
 
 class Interrupted(Metrics):
-    """The power goes when the metrics of step `last` should be written."""
+    """The power goes when the metrics of step `last` should be written, or will: SIGTERM comes."""
 
-    def __init__(self, folder: Path, last: int):
+    def __init__(self, folder: Path, last: int, warned: bool):
         super().__init__(folder, "finetune")
-        self._last = last
+        self._last, self._warned = last, warned
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        if step == self._last:
+        if step == self._last and not self._warned:
             raise KeyboardInterrupt
+        if step == self._last:
+            signal.raise_signal(signal.SIGTERM)
         super().write(step, row)
 
 
 def fit(
-    folder: Path, mesh: Mesh, last: int | None = None, **changes: Any
+    folder: Path, mesh: Mesh, last: int | None = None, warned: bool = False, **changes: Any
 ) -> tuple[Params, list[dict[str, Any]]]:
     """Steps of two microbatches with dropout, on trees of both losses: (parameters, metrics)."""
     options = config_module.training(
@@ -551,7 +554,7 @@ def fit(
     )
     options.update(changes)
     config = make_config()
-    log = Metrics(folder, "finetune") if last is None else Interrupted(folder, last)
+    log = Metrics(folder, "finetune") if last is None else Interrupted(folder, last, warned)
     try:
         params = loop.fit(
             model=config,
@@ -635,14 +638,18 @@ def test_fit_leaves_its_callers_parameters_alone(
     assert optax.tree.norm(moved) > 0.1
 
 
+@pytest.mark.parametrize("warned", [False, True])
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    whole_run: tuple[Params, list[dict[str, Any]]], tmp_path: Path, mesh: Mesh
+    warned: bool, whole_run: tuple[Params, list[dict[str, Any]]], tmp_path: Path, mesh: Mesh
 ) -> None:
-    """From the checkpoint of step 6; the metrics after it are rewound."""
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, mesh, last=9, checkpoint_every=3)
+    """From the checkpoint of step 6, the metrics after it being rewound, or of the last step."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop.Stopped if warned else KeyboardInterrupt, match=r"step 9|^$"):
+        fit(tmp_path, mesh, last=9, warned=warned, checkpoint_every=3)
+    assert signal.getsignal(signal.SIGTERM) == before
     rows = metrics.read(tmp_path / "finetune.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows] == list(range(1, 9 + warned))
+    assert checkpoint.Checkpoints(tmp_path / "training").latest == (9 if warned else 6)
     params, rows = fit(tmp_path, mesh)
     expected_params, expected_rows = whole_run
     jax.tree.map(np.testing.assert_array_equal, params, expected_params)
@@ -652,7 +659,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
     assert numbers(rows) == numbers(expected_rows)
-    assert rows[6]["seconds"] < rows[5]["seconds"] or rows[6]["tokens"] < rows[5]["tokens"]
+    last = 8 if warned else 5  # whose row was written before the restart
+    assert rows[last + 1]["tokens"] < rows[last]["tokens"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, mesh: Mesh) -> None:

@@ -171,15 +171,23 @@ class PackedRows:
                 )
         return row
 
-    def batches(self, rows: int, start: int = 0) -> grain.DatasetIterator:
+    def batches(
+        self, rows: int, start: int = 0, *, mine: Sequence[int] | None = None, at_least: int = 0
+    ) -> grain.DatasetIterator:
         """Iterator over batches of `rows` rows from batch `start` on; the last is padded.
 
         Batch i holds the same examples whatever was read before, on any number of processes.
+
+        Args:
+          mine: which rows of a batch to make, in this order; None: all.
+          at_least: batches, the empty ones after the last being padding alone.
         """
+        mine = range(rows) if mine is None else mine
 
         def batch(index: int) -> dict[str, np.ndarray]:
-            parts = [self[index * rows + r] for r in range(rows)]
+            parts = [self[index * rows + r] for r in mine]
             return {name: np.stack([p[name] for p in parts]) for name in FIELDS}
 
-        dataset = grain.MapDataset.range(start, -(-len(self) // rows)).map(batch)
+        count = max(at_least, -(-len(self) // rows))
+        dataset = grain.MapDataset.range(start, count).map(batch)
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))

@@ -92,6 +92,12 @@ class Trace(NamedTuple):
     status_PC: jax.Array
 
 
+def trace_shardings(mesh: jax.sharding.Mesh) -> Trace:
+    """Where a Trace lives: every process reads the rows of its own slots."""
+    log = sharding.named(mesh, (None, "P", "C"))
+    return Trace(sharding.named(mesh, ()), log, log, log, log, sharding.named(mesh, "PC"))
+
+
 def no_orders(P: int, C: int) -> Orders:
     """Orders that change nothing, to be filled in by the host."""
 

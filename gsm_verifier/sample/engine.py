@@ -1,4 +1,10 @@
-"""The host side of the sampler: keeps the slots full, runs the calculator, harvests completions."""
+"""The host side of the sampler: keeps the slots full, runs the calculator, harvests completions.
+
+Of many processes each has its own rows of prompts in flight, its own queue, and sees its own
+tokens only. Since parameters may be spread over all of them, they step together: before every chunk
+they agree, in two numbers, on how many prefills to run and whether any still has work. One that
+has run out of problems goes on with idle slots until the last is done.
+"""
 
 import functools
 import math
@@ -11,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsm_verifier import sharding
+from gsm_verifier import processes, sharding
 from gsm_verifier.model import transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -74,6 +80,9 @@ class Engine:
         """
         devices = sharding.row_devices(mesh)
         self._P, self._C = math.ceil(prompts / devices) * devices, slots
+        self._share = sharding.share(mesh)
+        self._here = self._share.rows(self._P)  # this process's own
+        self._prefill_rows = min(self._P, math.ceil(max(4, mesh.size) / devices) * devices)
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         self._config, self._params = transformer.unstack(config, params)
         # Matrices are cast once here, not at every step.
@@ -87,16 +96,18 @@ class Engine:
         self._grammar = jnp.asarray(padded, device=sharding.named(mesh, ()))
         self._prefill = jax.jit(functools.partial(decode.prefill, model), donate_argnums=1)
         self._advance = jax.jit(
-            functools.partial(decode.advance, model, sampling=sampling), donate_argnums=1
+            functools.partial(decode.advance, model, sampling=sampling),
+            donate_argnums=1,
+            out_shardings=(None, decode.trace_shardings(mesh)),
         )
         self._steps = self._used = 0
 
     @property
     def useful(self) -> float:
-        return self._used / max(self._steps * self._P * self._C, 1)
+        return self._used / max(self._steps * len(self._here) * self._C, 1)
 
     def run(self, requests: Iterable[Request], longest: int = 0) -> Iterator[Completion]:
-        """Completions in the order in which they finish.
+        """Completions in the order in which they finish; every process runs requests of its own.
 
         Args:
           longest: at least so long a prompt is allowed for. With the longest of all problems, what
@@ -106,9 +117,9 @@ class Engine:
           ValueError: a prompt that leaves no room for max_tokens in the model's max_length.
         """
         queue = sorted(requests, key=lambda r: -len(r.samples))
-        if not queue:
-            return
-        longest = max(longest, *(len(r.prompt) for r in queue))
+        (longest,) = processes.largest(max([longest, *(len(r.prompt) for r in queue)]))
+        if not longest:
+            return  # no process has any
         if longest + self._sampling.max_tokens > self._config.max_length:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_tokens={self._sampling.max_tokens} exceed "
@@ -123,65 +134,75 @@ class _Run:
 
     def __init__(self, engine: Engine, queue: list[Request], S: int):
         self._e, self._queue, self._S = engine, queue[::-1], S
-        P, C, W = engine._P, engine._C, engine._sampling.max_tokens
+        P, C, W = len(engine._here), engine._C, engine._sampling.max_tokens
         self._rows: list[_Row | None] = [None] * P
         self._sample = np.full((P, C), -1, np.int64)  # -1: idle
         self._tokens = np.zeros((P, C, W), np.int32)
         self._forced = np.zeros((P, C, W), bool)
         self._logprob = np.zeros((P, C, W), np.float64)
         self._length = np.zeros((P, C), np.int64)
-        self._slots = decode.empty_slots(engine._config, engine._mesh, P, C, S, W)
-        self._prefill_rows = min(P, max(4, engine._mesh.size))
+        self._slots = decode.empty_slots(engine._config, engine._mesh, engine._P, C, S, W)
+        self._prefill_rows = len(engine._share.rows(engine._prefill_rows))
 
     def loop(self) -> Iterator[Completion]:
-        orders = decode.no_orders(self._e._P, self._e._C)
-        self._admit()
-        self._start(orders)
-        while (self._sample >= 0).any():
+        orders = decode.no_orders(*self._sample.shape)
+        while True:
+            prefills, unfinished = processes.largest(self._prefills(), self._unfinished())
+            if not unfinished:
+                return
+            for _ in range(prefills):
+                self._admit()
+            self._start(orders)
             self._slots, trace = self._e._advance(
                 self._e._params, self._slots, self._global(orders), grammar_VX=self._e._grammar
             )
             status = self._read(trace)
-            orders = decode.no_orders(self._e._P, self._e._C)
+            orders = decode.no_orders(*self._sample.shape)
             for p, c in np.argwhere(status == decode.ASKING):
                 self._answer(orders, p, c)
             for p, c in np.argwhere((status == decode.FINISHED) & (self._sample >= 0)):
                 yield self._harvest(p, c)
                 orders.stop_PC[p, c] = True
-            self._admit()
-            self._start(orders)
 
     def _global(self, orders: decode.Orders) -> decode.Orders:
         return jax.tree.map(
             lambda x: sharding.to_global(self._e._mesh, "PC" + "S" * (x.ndim - 2), x), orders
         )
 
-    def _admit(self) -> None:
-        """Give the rows that are done new prompts, some at a time to share a prefill."""
-        free = []
-        for p, row in enumerate(self._rows):
-            if row is None or (not row.waiting and (self._sample[p] < 0).all()):
-                free.append(p)
-        batch = min(len(free), len(self._queue))
+    def _free(self) -> list[int]:
+        """Rows that are done with their prompts."""
+        idle_P = (self._sample < 0).all(1)
+        done = [row is None or not row.waiting for row in self._rows]
+        return np.flatnonzero(idle_P & done).tolist()
+
+    def _unfinished(self) -> bool:
+        waiting = any(row is not None and row.waiting for row in self._rows)
+        return bool(self._queue) or waiting or bool((self._sample >= 0).any())
+
+    def _prefills(self) -> int:
+        """Prefills this process wants now; while others run, only ones with all rows in use."""
+        batch = min(len(self._free()), len(self._queue))
         some_run = (self._sample >= 0).any()
-        if not batch or (batch < min(self._prefill_rows, len(self._queue)) and some_run):
-            return
-        while batch > 0:
-            B = self._prefill_rows
-            tokens = np.zeros((B, self._S), np.int32)
-            length = np.ones(B, np.int32)
-            where = np.full(B, self._e._P, np.int32)
-            for b in range(min(B, batch)):
-                request = self._queue.pop()
-                where[b] = free.pop(0)
-                self._rows[where[b]] = _Row(request, list(request.samples)[::-1])
-                tokens[b, : len(request.prompt)] = request.prompt
-                length[b] = len(request.prompt)
-            batch -= B
-            put = functools.partial(sharding.to_global, self._e._mesh)
-            self._slots = self._e._prefill(
-                self._e._params, self._slots, put("BT", tokens), put("B", length), put("B", where)
-            )
+        if batch < min(self._prefill_rows, len(self._queue)) and some_run:
+            return 0
+        return math.ceil(batch / self._prefill_rows)
+
+    def _admit(self) -> None:
+        """Give rows that are done new prompts, as many as share a prefill."""
+        tokens = np.zeros((self._prefill_rows, self._S), np.int32)
+        length = np.ones(self._prefill_rows, np.int32)
+        where = np.full(self._prefill_rows, self._e._P, np.int32)
+        several = min(self._prefill_rows, len(self._queue))
+        for b, p in enumerate(self._free()[:several]):
+            request = self._queue.pop()
+            self._rows[p] = _Row(request, list(request.samples)[::-1])
+            where[b] = self._e._here[p]
+            tokens[b, : len(request.prompt)] = request.prompt
+            length[b] = len(request.prompt)
+        put = functools.partial(sharding.to_global, self._e._mesh)
+        self._slots = self._e._prefill(
+            self._e._params, self._slots, put("BT", tokens), put("B", length), put("B", where)
+        )
 
     def _start(self, orders: decode.Orders) -> None:
         """Start waiting samples in idle slots."""

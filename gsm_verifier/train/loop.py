@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from gsm_verifier import checkpoint, sharding
+from gsm_verifier import checkpoint, processes, sharding
 from gsm_verifier.data.packing import PackedRows, Tree
 from gsm_verifier.model import transformer
 from gsm_verifier.model.config import ModelConfig
@@ -20,6 +20,10 @@ from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.train import losses, optimizer
 from gsm_verifier.train.batch import Batch
 from gsm_verifier.train.losses import Objective
+
+
+class Stopped(Exception):
+    """Training was asked to end, and has saved a checkpoint to go on from."""
 
 
 class TrainState(NamedTuple):
@@ -126,7 +130,7 @@ def state_shardings(
 
 
 def device_batch(mesh: jax.sharding.Mesh, fields: dict[str, np.ndarray], accumulate: int) -> Batch:
-    """A host batch of accumulate * rows rows on the mesh, each array [A, B, T]."""
+    """The batch of all processes' accumulate * rows own rows, each array [A, B, T]."""
     return Batch.of(
         {
             name: sharding.to_global(
@@ -178,13 +182,16 @@ def fit(
       log: a `gsm_verifier.metrics.Metrics`.
 
     Raises:
+      Stopped: SIGTERM came, to any of the processes; all saved the same step.
       FloatingPointError: the loss stopped being finite, naming the step.
     """
     rows = PackedRows(trees, options.row_tokens, options.epochs, seed)
     cut = plan(len(rows), options, sharding.row_devices(mesh))
+    share = sharding.share(mesh)
+    mine = [a * cut.rows + b for a in range(cut.accumulate) for b in share.rows(cut.rows)]
     tx = make_optimizer(options, cut.steps)
     shapes, where = state_shardings(model, tx, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), processes.Termination() as termination:
         net = Transformer(model, dropout=options.dropout)
         step = jax.jit(
             make_step(net, objective, tx, seed), donate_argnums=0, out_shardings=(where, None)
@@ -202,7 +209,8 @@ def fit(
         evaluate_step = jax.jit(evaluate_step)
         held_out_rows = PackedRows(held_out, options.row_tokens, 1, 0)
         held_out_batches = [
-            device_batch(mesh, fields, 1) for fields in held_out_rows.batches(cut.rows)
+            device_batch(mesh, fields, 1)
+            for fields in held_out_rows.batches(cut.rows, mine=share.rows(cut.rows))
         ]
 
         checkpoints = checkpoint.Checkpoints(folder)
@@ -210,15 +218,22 @@ def fit(
             opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
             # The first step donates its input, which must not be the caller's parameters.
             params = jax.tree.map(jnp.copy, params)
-            state = TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32)))
+            state = TrainState(params, opt_state, jnp.zeros((), jnp.int32, device=where.step))
         else:
             state, _ = checkpoints.restore(checkpoint.abstract(shapes, where))
         start = int(state.step)
         log.rewind(start)
-        batches = rows.batches(cut.rows * cut.accumulate, start)
+        batches = rows.batches(cut.rows * cut.accumulate, start, mine=mine)
         rate = optimizer.schedule(options.learning_rate, cut.steps, options.warmup_steps)
         began, tokens = time.perf_counter(), 0
-        bar = tqdm(total=cut.steps, initial=start, desc=name, unit="step", mininterval=1.0)
+        bar = tqdm(
+            total=cut.steps,
+            initial=start,
+            desc=name,
+            unit="step",
+            mininterval=1.0,
+            disable=not processes.first(),
+        )
         for index in range(start, cut.steps):
             batch = device_batch(mesh, next(batches), cut.accumulate)
             state, metrics = step(state, batch)
@@ -238,8 +253,11 @@ def fit(
                 loss=f"{row['loss']:.3f}", tokens_per_s=f"{tokens / seconds:,.0f}", refresh=False
             )
             bar.update()
-            if done % options.checkpoint_every == 0 and done < cut.steps:
+            stop = termination.asked()
+            if stop or (done % options.checkpoint_every == 0 and done < cut.steps):
                 checkpoints.save(done, state)
+            if stop:
+                raise Stopped(f"{name}: stopped and saved at step {done}; run again to go on")
         bar.close()
         checkpoints.close()
     return state.params

@@ -1,0 +1,86 @@
+"""Many processes of one run: how they meet, agree and stop.
+
+All processes run the same program and call the same collectives in the same order. What one of them
+alone should do (prepare data, write markers and results), the first does, and the others wait.
+Everything here is a plain local matter where there is one process.
+"""
+
+import signal
+from types import FrameType, TracebackType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
+
+
+def meet(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Join the other processes; before anything asks for a device.
+
+    Args:
+      coordinator: host:port of process 0. count: how many there are. index: which this one is. All
+        None on Cloud TPU, GKE and Slurm, which tell.
+
+    Raises:
+      ValueError: some are given and some are not; or none, where nothing tells.
+    """
+    told = (coordinator, count, index)
+    if told.count(None) in (1, 2):
+        raise ValueError("--coordinator, --processes and --process go together")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `Termination`'s
+    try:
+        jax.distributed.initialize(
+            *told, heartbeat_timeout_seconds=DEAD_AFTER, shutdown_timeout_seconds=DEAD_AFTER
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} Give --coordinator, --processes, --process") from error
+
+
+def first() -> bool:
+    """Is this the process that writes what there is one of?"""
+    return jax.process_index() == 0
+
+
+def wait_for_all(moment: str) -> None:
+    """Go on when every process has come to this moment, which all name alike."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(moment)
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of every process's first numbers, of their second ones, and so on."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    return multihost_utils.process_allgather(np.asarray(numbers, np.int32)).max(0).tolist()
+
+
+class Termination:
+    """Within it, SIGTERM doesn't end the process but is noted, for all processes to see.
+
+    with Termination() as termination:
+        ...
+        if termination.asked():  # the same on all processes, which ask equally often
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True
+
+    def asked(self) -> bool:
+        """Has any process been asked to end?"""
+        return bool(largest(self._noted)[0])
+
+    def __enter__(self) -> "Termination":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)

@@ -1,0 +1,243 @@
+"""Many processes make what one makes, and none is left behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gsm_verifier import metrics, records
+from gsm_verifier.records import Completion, Label, Score
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEVICES = 4  # of all processes together
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+SECONDS = 580
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Programs compiled by one run are there for the next; proxies don't know of localhost."""
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled")
+    return {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # A busy machine may keep one device's thread from a collective for longer than 40 s.
+        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=500",
+    }
+
+
+@dataclass
+class Together:
+    """Processes of one run, each with a log of its own."""
+
+    processes: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+
+    def told(self) -> str:
+        return "\n".join(path.read_text()[-4000:] for path in self.logs)
+
+    def codes(self, seconds: float = SECONDS) -> list[int]:
+        """Exit codes, once all have ended."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [p.wait(timeout=deadline - time.monotonic()) for p in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def wait(self, moment: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not moment():
+            assert all(p.poll() is None for p in self.processes), self.told()
+            assert time.monotonic() < deadline, self.told()
+            time.sleep(0.01)
+
+
+def start(command: list[str], count: int, folder: Path, environment: dict[str, str]) -> Together:
+    """Start `count` processes of a command, which meet if there are several."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Together([], [folder / f"{index}-of-{count}.log" for index in range(count)])
+    for index, log in enumerate(run.logs):
+        meet = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}"]
+        with open(log, "wb") as out:
+            run.processes.append(
+                subprocess.Popen(
+                    [*command, *(meet if count > 1 else [])],
+                    env=environment,
+                    cwd=REPOSITORY,
+                    stdout=out,
+                    stderr=out,
+                )
+            )
+    return run
+
+
+def main(folder: Path, count: int, environment: dict[str, str], *flags: str) -> Together:
+    command = [sys.executable, "-m", "gsm_verifier.main", "--config=configs/quickstart.py:tiny"]
+    command += [f"--config.mesh.cpu_devices={DEVICES // count}", f"--workdir={folder}", *MESH]
+    return start([*command, *flags], count, folder.parent / "logs", environment)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory, environment) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run = main(folder, 1, environment)
+    assert run.codes() == [0], run.told()
+    return folder
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_bytes())
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The same completions and results.
+
+    Sums over devices are added up in another order where devices are another process's, so that
+    losses, likelihoods and values agree to rounding only.
+    """
+    for split in ("train", "heldout", "test", "greedy"):
+        ours, theirs = (
+            records.read_all(f / "samples" / split, Completion) for f in (folder, other)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.problem, a.sample, a.tokens) == (b.problem, b.sample, b.tokens)
+            assert (a.text, a.forced, a.finished) == (b.text, b.forced, b.finished)
+            assert a.logprob == pytest.approx(b.logprob, rel=1e-5)
+        if split != "heldout":
+            ours, theirs = (records.read_all(f / "labels" / split, Label) for f in (folder, other))
+            assert ours == theirs
+    ours, theirs = (records.read_all(f / "scores/test", Score) for f in (folder, other))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.problem, a.sample) == (b.problem, b.sample)
+        assert a.values == pytest.approx(b.values, abs=1e-5)
+    for name in ("pretrained", "generator", "baseline", "verifier"):
+        ours, theirs = (metrics.read(f / "metrics" / f"{name}.jsonl") for f in (folder, other))
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for key in ("seed", "splits", "accuracy", "paired"):
+        assert results_of(folder)[key] == results_of(other)[key]
+    left = [path.name for path in folder.rglob("*") if path.name.endswith((".tmp", ".started"))]
+    assert not left
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(alone: Path, tmp_path: Path, environment) -> None:
+    folder = tmp_path / "run"
+    run = main(folder, 2, environment)
+    assert run.codes() == [0, 0], run.told()
+    assert_same(folder, alone)
+    assert "report: " in run.logs[0].read_text()
+    assert "report: " not in run.logs[1].read_text()  # the first speaks for all
+
+
+@pytest.mark.slow
+def test_a_run_stopped_and_killed_in_two_processes_ends_in_one(
+    alone: Path, tmp_path: Path, environment
+) -> None:
+    """SIGTERM to one saves on both and ends both; a dead one doesn't leave the other waiting."""
+    folder = tmp_path / "run"
+    run = main(folder, 2, environment)
+    run.wait((folder / "baseline/training").is_dir)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.codes() == [128 + signal.SIGTERM] * 2, run.told()
+    told = [log.read_text().splitlines()[-1] for log in run.logs]
+    assert told[0].startswith("gsm_verifier: baseline: stopped and saved at step ")
+    assert told[0] == told[1]
+    step = told[0].split("step ")[1].split(";")[0]
+    assert (folder / "baseline/training" / step).is_dir()
+
+    run = main(folder, 2, environment)
+    run.wait(lambda: any(folder.glob("samples/train/*.parquet")))
+    run.processes[1].kill()
+    codes = run.codes(30)
+    assert codes[0] not in (0, None), run.told()
+    assert not (folder / "sample.done").exists()
+
+    run = main(folder, 1, environment)
+    assert run.codes() == [0], run.told()
+    assert_same(folder, alone)
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_models_heads_write_each_shard_once(
+    tmp_path: Path, environment
+) -> None:
+    """Each has half of every head: both see all completions."""
+    mesh = ["--config.mesh.tensor=2", "--config.mesh.fsdp=1", "--config.mesh.data=1"]
+    flags = [*mesh, "--config.mesh.cpu_devices=1", "--config.model.kv_heads=2"]
+    flags += ["--config.pretrain.epochs=0", "--stages=prepare,pretrain,finetune,sample,label"]
+    run = main(tmp_path / "run", 2, environment, *flags)
+    assert run.codes() == [0, 0], run.told()
+    flags[3] = "--config.mesh.cpu_devices=2"
+    run = main(tmp_path / "alone", 1, environment, *flags)
+    assert run.codes() == [0], run.told()
+    ours, theirs = (
+        records.read_all(tmp_path / f / "samples/train", Completion) for f in ("run", "alone")
+    )
+    assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+
+
+TOGETHER = """
+import sys
+import jax
+import numpy as np
+from gsm_verifier import processes, sharding
+
+jax.config.update("jax_num_cpu_devices", 2)
+told = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
+processes.meet(told["coordinator"], int(told["processes"]), int(told["process"]))
+me = jax.process_index()
+assert processes.first() == (me == 0)
+assert processes.largest(me, 5 - me) == [1, 5]
+
+rows = np.arange(8 * 3).reshape(8, 3)
+for sizes, index, count, speaks, own in [
+    ((4, 1, 1), me, 2, True, rows[4 * me : 4 * me + 4]),
+    ((2, 1, 2), me, 2, True, rows[4 * me : 4 * me + 4]),
+    ((1, 2, 2), me, 2, True, rows[4 * me : 4 * me + 4]),
+    ((1, 1, 4), 0, 1, me == 0, rows),
+]:
+    mesh = sharding.make_mesh(*sizes)
+    share = sharding.share(mesh)
+    assert (share.index, share.count, share.speaks) == (index, count, speaks), (sizes, share)
+    np.testing.assert_array_equal(rows[share.rows(8)], own)
+    whole = sharding.to_global(mesh, (None, "B"), own.T)
+    assert whole.shape == (3, 8)
+    np.testing.assert_array_equal(sharding.to_host(whole), own.T)
+    assert int(jax.jit(lambda x: x.sum())(whole)) == rows.sum()
+
+order = jax.devices()  # devices of different processes side by side
+mesh = jax.sharding.Mesh(np.array([order[i] for i in (0, 2, 1, 3)]).reshape(4, 1, 1), sharding.AXES)
+share = sharding.share(mesh)
+assert share.rows(8).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]][me]
+whole = sharding.to_global(mesh, "BT", rows[share.rows(8)])
+np.testing.assert_array_equal(sharding.to_host(whole), rows[share.rows(8)])
+assert (jax.jit(lambda x: x[4])(whole) == rows[4]).all()
+
+try:
+    sharding.share(jax.sharding.Mesh(np.array(order[:3]).reshape(3, 1, 1), sharding.AXES))
+    raise AssertionError("two rows here and one there")
+except ValueError as error:
+    assert "unevenly" in str(error)
+processes.wait_for_all("the end")
+"""
+
+
+def test_processes_hold_their_own_rows_and_agree(tmp_path: Path, environment) -> None:
+    run = start([sys.executable, "-c", TOGETHER], 2, tmp_path, environment)
+    assert run.codes(200) == [0, 0], run.told()
