@@ -9,6 +9,11 @@ yet solve. `documents` gives the first and `generate` the second, small enough f
 
 The world they share (people, things, stories) is data in `schemas.py`; `stories.py` tells it.
 
+Half of the problems ask for what comes of a story's numbers. The others are trials: a number is
+hidden as x, what comes of it is told, and the solution supposes a number for x and works the story
+with it. Such a problem is easier to check than to solve, which is what a verifier lives on: the
+number is a guess, but whether it fits can be read off the last line.
+
 Levels of difficulty (the numbers are in `LEVELS`):
   1  2-3 steps, small numbers, nothing irrelevant, the plainest wording
   2  2-4 steps, some irrelevant numbers, comparisons to be undone ("that is 3 more than Tom has")
