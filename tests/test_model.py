@@ -572,6 +572,29 @@ def test_bfloat16_computes_nearly_the_same_with_float32_parameters(family: str) 
     assert 1e-4 < error < 0.03  # it really was bfloat16, and near
 
 
+@pytest.mark.parametrize("formula", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "...D,VD->...V"])
+def test_the_gradient_of_a_product_is_that_of_the_einsum(formula: str) -> None:
+    sizes = dict(B=2, T=3, D=4, N=5, H=6, V=7)
+    shapes = [
+        [sizes[letter] for letter in part.replace("...", "BT")]
+        for part in formula.split("->")[0].split(",")
+    ]
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    def gradient(product: Any, dtype: str) -> Any:
+        x_rounded = x.astype(dtype)
+        return jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x_rounded, w)
+
+    ours = functools.partial(transformer._product, formula)
+    expected = gradient(functools.partial(jnp.einsum, formula), "float32")
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):
+        found = gradient(ours, dtype)
+        assert [part.dtype for part in found] == [dtype, "float32"]
+        for a, b in zip(found, expected, strict=True):
+            error = np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+            assert error < tolerance
+
+
 # Residual dropout
 
 
