@@ -19,7 +19,7 @@ from gsm_verifier.records import Completion, Label, Score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEVICES = 4  # of all processes together
-MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+MESH = ["--config.mesh.data=4"]
 SECONDS = 580
 
 

@@ -15,8 +15,8 @@ from gsm_verifier.text import answers, calculator
 # After an intended change of the generator:
 #   python -c "from tests.test_synthetic import digests; print(digests())"
 GOLDEN = {
-    "problems": "509886de776803f9bf8e54cca2fc7eeef549cc19da346eab9016d4b83b17069b",
-    "documents": "7777b692df501ce2f0783fe1022e8fb86f54e40d0f151987d62ac40931cfc962",
+    "problems": "e22e6cd1ef8f53d7840b518478d4735426780f7787ac4e0d55250bc85f8bce66",
+    "documents": "1906b84f689962c929b48ca2122dd345def12afec12b3178ad2d51edd2e48e52",
 }
 
 
