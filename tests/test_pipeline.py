@@ -42,14 +42,16 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def command(folder: Path, *flags: str) -> list[str]:
-    config = ["--config=configs/quickstart.py:tiny", "--config.mesh.cpu_devices=1"]
+def command(folder: Path, *flags: str, file: str = "configs/quickstart.py:tiny") -> list[str]:
+    config = [f"--config={file}", "--config.mesh.cpu_devices=1"]
     return [sys.executable, "-m", "gsm_verifier.main", *config, f"--workdir={folder}", *flags]
 
 
-def run_main(folder: Path, environment: dict[str, str], *flags: str) -> SimpleNamespace:
+def run_main(
+    folder: Path, environment: dict[str, str], *flags: str, **file: str
+) -> SimpleNamespace:
     done = subprocess.run(
-        command(folder, *flags),
+        command(folder, *flags, **file),
         env=environment,
         cwd=REPOSITORY,
         capture_output=True,
@@ -320,8 +322,7 @@ def test_a_damaged_shard_is_named(copy: Path, environment) -> None:
 
 @pytest.mark.slow
 def test_zeroshot_ranks_the_answers_of_the_pretrained_model(tmp_path: Path, environment) -> None:
-    config = "--config=configs/paper/zeroshot.py:quickstart-tiny"
-    done = run_main(tmp_path, environment, config)  # the later flag counts
+    done = run_main(tmp_path, environment, file="configs/paper/zeroshot.py:quickstart-tiny")
     assert done.code == 0, done.err
     generator = hashes_of(tmp_path / "generator")
     assert generator == hashes_of(tmp_path / "pretrained")
