@@ -30,7 +30,7 @@ def get_config(size: str = "") -> ConfigDict:
     shared = dict(row_tokens=256, microbatch_rows=4, clip_norm=1.0, warmup_steps=10)
     config.finetune.update(learning_rate=1e-3, batch_tokens=1024, **shared)
     config.baseline.update(learning_rate=5e-4, batch_tokens=2048, **shared)
-    config.verify.update(learning_rate=5e-4, batch_tokens=4096, branches=4, **shared)
+    config.verify.update(learning_rate=5e-4, batch_tokens=2048, branches=4, **shared)
     config.sample.update(
         completions=20,
         heldout_completions=20,
