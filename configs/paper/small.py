@@ -2,7 +2,7 @@
 
     python -m gsm_verifier.main --config=configs/paper/small.py --workdir=runs/small
 
-An eighth of the quickstart's parameters. It pretrains on generated text first, as that one did.
+A sixth of the quickstart's parameters. It pretrains on generated text first, as that one did.
 """
 
 import runpy
@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
     config, made = get(), get("pretrain")
     config.text.tokenizer = f"gsm_verifier/pretrained/{config.model.pretrained}/tokenizer.json"
     config.model.update(made.model)
-    config.model.update(layers=3, width=64, heads=2, head_size=32, mlp_width=192)
+    config.model.update(layers=3, width=64, heads=2, kv_heads=2, head_size=32, mlp_width=192)
     config.pretrain.update(made.pretrain)
     return config
