@@ -54,7 +54,7 @@ def _from_scratch(config: ConfigDict, **sizes: int) -> None:
 
 def _pretrain(config: ConfigDict) -> None:
     config.data.train_size = 5000  # for the tokenizer
-    config.text.vocab_size = 1023
+    config.text.update(vocab_size=2047, numbers=1000)
     _from_scratch(
         config,
         layers=6,
@@ -67,7 +67,7 @@ def _pretrain(config: ConfigDict) -> None:
     )
     config.pretrain.update(
         epochs=1.0,
-        generated=100_000,
+        generated=60_000,
         learning_rate=3e-3,
         batch_tokens=2048,
         row_tokens=256,

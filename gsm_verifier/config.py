@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.heldout_fraction": (0.0, 0.9),
     "data.difficulty": (1, 5),
     "text.vocab_size": (300, 1_000_000),
+    "text.numbers": (10, 10_000),
     "mesh.data": (-1, 1_000_000),
     "mesh.fsdp": (-1, 1_000_000),
     "mesh.tensor": (-1, 1_000_000),
@@ -97,6 +98,7 @@ def default() -> ConfigDict:
         dict(
             tokenizer="",  # path of a tokenizer.json; "": a BPE trained on the prepared text
             vocab_size=2048,  # of that BPE
+            numbers=10,  # smaller whole numbers are one token in it; 10: every digit is
         )
     )
     config.model = ConfigDict(
@@ -219,6 +221,8 @@ def validate(config: ConfigDict) -> None:
         _validate_one(key, given[key], known[key])
     if config.model.heads % config.model.kv_heads:
         raise ValueError("config.model.kv_heads must divide config.model.heads")
+    if config.text.vocab_size - config.text.numbers < 290:
+        raise ValueError("config.text.vocab_size must leave 290 ids beside config.text.numbers")
     if config.verify.loss == "bce" and config.verify.squash != "sigmoid":
         raise ValueError('config.verify.loss="bce" needs config.verify.squash="sigmoid"')
 

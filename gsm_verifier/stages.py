@@ -177,7 +177,7 @@ def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
         return Tokenizer.load(run.config.text.tokenizer)
     more = list(itertools.islice(_documents(run), 5000)) if run.config.pretrain.epochs else []
     texts = [f"{p.question}\n{p.solution}" for p in train] + more
-    return Tokenizer.train(texts, run.config.text.vocab_size)
+    return Tokenizer.train(texts, run.config.text.vocab_size, run.config.text.numbers)
 
 
 def _documents(run: Run) -> Iterator[str]:

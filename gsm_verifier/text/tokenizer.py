@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
@@ -88,16 +88,21 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int) -> "Tokenizer":
-        """A byte-level BPE of at most `size` ids in which every digit is a token of its own."""
+    def train(cls, texts: Iterable[str], size: int, numbers: int = 10) -> "Tokenizer":
+        """A byte-level BPE of at most `size` ids in which numbers below `numbers` are one token.
+
+        Longer digit strings are several. Whole numbers are easier to copy and to compare, digits
+        to calculate with.
+        """
         backend = by_digits(models.BPE())
         trainer = trainers.BpeTrainer(
-            vocab_size=size,
+            vocab_size=size - max(numbers - 10, 0),
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
+        backend.add_tokens([AddedToken(str(n), normalized=False) for n in range(10, numbers)])
         return cls(backend)
 
     def save(self, path: str | Path) -> None:
