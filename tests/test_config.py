@@ -145,6 +145,8 @@ def test_unknown_and_missing_keys_are_refused() -> None:
 
 def test_keys_that_do_not_fit_together_are_refused() -> None:
     assert "kv_heads must divide" in refusal(changed(model__heads=6, model__kv_heads=4))
+    assert "text.numbers" in refusal(changed(text__numbers=2000))
+    validate(changed(text__numbers=1000))
     assert "verify.squash" in refusal(changed(verify__loss="bce"))
     validate(changed(verify__loss="bce", verify__squash="sigmoid"))
 

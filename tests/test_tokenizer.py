@@ -127,6 +127,18 @@ def test_every_digit_is_a_token_of_its_own(trained: Tokenizer) -> None:
     assert len(Tokenizer.train(["7777 7777 777"] * 50, 400).encode("777")) == 3
 
 
+def test_small_numbers_can_be_one_token_each() -> None:
+    tokenizer = Tokenizer.train(TEXTS, 1400, numbers=1000)
+    text = "$1400 and 20*50/100 = <<20*50/100=10>>10, 1.05, =-43 of 999"
+    ids = tokenizer.encode(text)
+    numbers = [p for p in tokenizer.pieces(ids) if any(c.isdigit() for c in p)]
+    assert numbers == "140 0 20 50 100 20 50 100 10 10 1 0 5 43 999".split()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.size <= 1400
+    assert {len(tokenizer.encode(str(n))) for n in range(1000)} == {1}
+    assert len(tokenizer.encode("1000")) == 2
+
+
 @given(text=st.text(st.one_of(surrogates, st.sampled_from("a<=é"))))
 def test_lone_surrogates_are_replaced(trained: Tokenizer, text: str) -> None:
     expected = "".join("?" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
