@@ -1,13 +1,11 @@
-"""Many processes make what one makes, and none is left behind."""
+"""Many processes make what one makes."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +51,6 @@ class Together:
         finally:
             for process in self.processes:
                 process.kill()
-
-    def wait(self, moment: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not moment():
-            assert all(p.poll() is None for p in self.processes), self.told()
-            assert time.monotonic() < deadline, self.told()
-            time.sleep(0.01)
 
 
 def start(command: list[str], count: int, folder: Path, environment: dict[str, str]) -> Together:
@@ -143,53 +134,6 @@ def test_two_processes_make_what_one_makes(alone: Path, tmp_path: Path, environm
     assert_same(folder, alone)
     assert "report: " in run.logs[0].read_text()
     assert "report: " not in run.logs[1].read_text()  # the first speaks for all
-
-
-@pytest.mark.slow
-def test_a_run_stopped_and_killed_in_two_processes_ends_in_one(
-    alone: Path, tmp_path: Path, environment
-) -> None:
-    """SIGTERM to one saves on both and ends both; a dead one doesn't leave the other waiting."""
-    folder = tmp_path / "run"
-    run = main(folder, 2, environment)
-    run.wait((folder / "baseline/training").is_dir)
-    run.processes[1].send_signal(signal.SIGTERM)
-    assert run.codes() == [128 + signal.SIGTERM] * 2, run.told()
-    told = [log.read_text().splitlines()[-1] for log in run.logs]
-    assert told[0].startswith("gsm_verifier: baseline: stopped and saved at step ")
-    assert told[0] == told[1]
-    step = told[0].split("step ")[1].split(";")[0]
-    assert (folder / "baseline/training" / step).is_dir()
-
-    run = main(folder, 2, environment)
-    run.wait(lambda: any(folder.glob("samples/train/*.parquet")))
-    run.processes[1].kill()
-    codes = run.codes(30)
-    assert codes[0] not in (0, None), run.told()
-    assert not (folder / "sample.done").exists()
-
-    run = main(folder, 1, environment)
-    assert run.codes() == [0], run.told()
-    assert_same(folder, alone)
-
-
-@pytest.mark.slow
-def test_processes_that_share_a_models_heads_write_each_shard_once(
-    tmp_path: Path, environment
-) -> None:
-    """Each has half of every head: both see all completions."""
-    mesh = ["--config.mesh.tensor=2", "--config.mesh.fsdp=1", "--config.mesh.data=1"]
-    flags = [*mesh, "--config.mesh.cpu_devices=1", "--config.model.kv_heads=2"]
-    flags += ["--config.pretrain.epochs=0", "--stages=prepare,pretrain,finetune,sample,label"]
-    run = main(tmp_path / "run", 2, environment, *flags)
-    assert run.codes() == [0, 0], run.told()
-    flags[3] = "--config.mesh.cpu_devices=2"
-    run = main(tmp_path / "alone", 1, environment, *flags)
-    assert run.codes() == [0], run.told()
-    ours, theirs = (
-        records.read_all(tmp_path / f / "samples/train", Completion) for f in ("run", "alone")
-    )
-    assert [c.tokens for c in ours] == [c.tokens for c in theirs]
 
 
 TOGETHER = """
