@@ -67,7 +67,7 @@ def _pretrain(config: ConfigDict) -> None:
     )
     config.pretrain.update(
         epochs=1.0,
-        generated=60_000,
+        generated=100_000,
         learning_rate=3e-3,
         batch_tokens=2048,
         row_tokens=256,

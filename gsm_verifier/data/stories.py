@@ -88,6 +88,12 @@ def _price(value: Value) -> str:
     return "$" + (text + "0" if text[-2:-1] == "." else text)
 
 
+def off(found: Value, told: Value) -> str:
+    """The line that holds a number against the one it should be."""
+    formula, result = f"{show(found)}-{show(told)}", show(found - told)
+    return f"It is off by {formula} = <<{formula}={result}>>{result}."
+
+
 def divide(a: Value, b: Value) -> Value:
     """The exact quotient, an int where it is whole."""
     quotient = Fraction(a) / b
@@ -394,7 +400,8 @@ class Reject(Exception):
 class Scene:
     """One drawn instance of a schema: who, what, how many, and how each quantity came about.
 
-    In a `trial` one of the givens is hidden: the story calls it x and tells the target instead.
+    In a `trial` one of the givens is hidden: the story calls it x and tells the target instead. The
+    solution's last step then holds what comes of x against what is told.
     """
 
     def __init__(
@@ -413,7 +420,7 @@ class Scene:
             if allowed:
                 self.ways[name] = dice.pick(allowed)
         self.steps = schema.steps(target, self.ways)
-        if not steps[0] <= len(self.steps) <= steps[1] or set(self.steps) - set(self.ways):
+        if not steps[0] <= len(self.steps) <= steps[1] - trial or set(self.steps) - set(self.ways):
             raise Reject
         self.values: dict[str, Value] = {
             name: dice.pick(given.within(level.size)) for name, given in schema.givens.items()
@@ -666,6 +673,12 @@ class Scene:
         return "\n".join([self.worked(), f"#### {show(self.answer)}"])
 
     def worked(self) -> str:
-        """The lines that work the target out; a trial supposes a number first."""
-        lines = [self.supposition()] if self.unknown else []
-        return "\n".join([*lines, *(self.work(name) for name in self.steps)])
+        """The lines that work the target out; a trial supposes a number and checks it last."""
+        lines = [self.work(name) for name in self.steps]
+        if self.unknown:
+            lines = [self.supposition(), *lines, self.checked()]
+        return "\n".join(lines)
+
+    def checked(self) -> str:
+        """How far what is supposed leads from what is told, which the calculator works out."""
+        return off(self.values[self.target], self.stated)

@@ -10,9 +10,9 @@ yet solve. `documents` gives the first and `generate` the second, small enough f
 The world they share (people, things, stories) is data in `schemas.py`; `stories.py` tells it.
 
 Half of the problems ask for what comes of a story's numbers. The others are trials: a number is
-hidden as x, what comes of it is told, and the solution supposes a number for x and works the story
-with it. Such a problem is easier to check than to solve, which is what a verifier lives on: the
-number is a guess, but whether it fits can be read off the last line.
+hidden as x, what comes of it is told, and the solution supposes a number for x, works the story
+with it and subtracts what is told. Such a problem is easier to check than to solve, which is what a
+verifier lives on: the number is a guess, but whether it fits can be read off the last line.
 
 Levels of difficulty (the numbers are in `LEVELS`):
   1  2-3 steps, small numbers, nothing irrelevant, the plainest wording
@@ -39,6 +39,7 @@ from gsm_verifier.data.stories import (
     Template,
     compile_schema,
     divide,
+    off,
     show,
 )
 from gsm_verifier.records import Problem
@@ -186,10 +187,11 @@ def _supposed(scene: Scene) -> Scene:
 
 
 def _worked(scene: Scene, story: str) -> str:
-    """A story and its steps to the end; in a trial, for a number or two that fit or don't."""
+    """A story and its steps to the end; in a trial, for some numbers that fit or don't."""
     if not scene.unknown:
         return f"{story}\n{scene.worked()}"
-    tried = [scene, _supposed(scene)][: 1 + scene.dice.below(2)]
+    scenes = [scene, *(_supposed(scene) for _ in range(scene.dice.below(3)))]
+    tried = {supposed.answer: supposed for supposed in scenes}.values()
     return "\n".join([story, *(f"{s.worked()}\n{schemas.FITS[s.fits]}" for s in tried)])
 
 
@@ -293,7 +295,8 @@ def _compared(dice: Dice) -> str:
         place = dice.below(len(one))
         other = one[:place] + str(1 + dice.below(9)) + one[place + 1 :]
         other = one if dice.chance(0.4) else other
-        lines.append(f"It should be {one}. It is {other}. {schemas.FITS[one == other]}")
+        checked = off(int(other), int(one))
+        lines.append(f"It should be {one}. It is {other}. {checked} {schemas.FITS[one == other]}")
     return "\n".join(lines)
 
 
