@@ -39,7 +39,9 @@ class Sampling:
       end: the token that ends a completion.
       seed: of all draws.
       chunk: most steps between two looks of the host.
-      patience: finished slots that make the device return early, to have them refilled.
+      patience: slots waiting, for an answer of the calculator or another completion, that make the
+        device return early. A visit of the host costs about a step; with hundreds of slots one of
+        them asks at nearly every step.
     """
 
     temperature: float
@@ -322,7 +324,7 @@ def advance(
     sampling: Sampling,
     grammar_VX: jax.Array,
 ) -> tuple[Slots, Trace]:
-    """Obey, then step until a slot asks, enough have finished, or the chunk is full."""
+    """Obey, then step until enough slots wait for the host or the chunk is full."""
     slots = obey(slots, orders)
     shape = (sampling.chunk, *slots.status_PC.shape)
     log = {
@@ -338,8 +340,7 @@ def advance(
         return (
             (steps < sampling.chunk)
             & (status == RUNNING).any()
-            & ~(status == ASKING).any()
-            & ((status == FINISHED).sum() < sampling.patience)
+            & (((status == ASKING) | (status == FINISHED)).sum() < sampling.patience)
         )
 
     def body(carry: tuple[jax.Array, Slots, dict[str, jax.Array]]) -> Any:
