@@ -88,10 +88,9 @@ def _price(value: Value) -> str:
     return "$" + (text + "0" if text[-2:-1] == "." else text)
 
 
-def off(found: Value, told: Value) -> str:
-    """The line that holds a number against the one it should be."""
-    formula, result = f"{show(found)}-{show(told)}", show(found - told)
-    return f"It is off by {formula} = <<{formula}={result}>>{result}."
+def off(formula: str, difference: Value) -> str:
+    """The line that holds what is found against what it should be."""
+    return f"It is off by {formula} = <<{formula}={show(difference)}>>{show(difference)}."
 
 
 def divide(a: Value, b: Value) -> Value:
@@ -401,7 +400,7 @@ class Scene:
     """One drawn instance of a schema: who, what, how many, and how each quantity came about.
 
     In a `trial` one of the givens is hidden: the story calls it x and tells the target instead. The
-    solution's last step then holds what comes of x against what is told.
+    solution's last step then holds what comes of x against it.
     """
 
     def __init__(
@@ -420,7 +419,7 @@ class Scene:
             if allowed:
                 self.ways[name] = dice.pick(allowed)
         self.steps = schema.steps(target, self.ways)
-        if not steps[0] <= len(self.steps) <= steps[1] - trial or set(self.steps) - set(self.ways):
+        if not steps[0] <= len(self.steps) <= steps[1] or set(self.steps) - set(self.ways):
             raise Reject
         self.values: dict[str, Value] = {
             name: dice.pick(given.within(level.size)) for name, given in schema.givens.items()
@@ -674,11 +673,19 @@ class Scene:
 
     def worked(self) -> str:
         """The lines that work the target out; a trial supposes a number and checks it last."""
-        lines = [self.work(name) for name in self.steps]
-        if self.unknown:
-            lines = [self.supposition(), *lines, self.checked()]
-        return "\n".join(lines)
+        if not self.unknown:
+            return "\n".join(self.work(name) for name in self.steps)
+        lines = [self.work(name) for name in self.steps[:-1]]
+        return "\n".join([self.supposition(), *lines, self.checked(), self.concluded()])
 
     def checked(self) -> str:
-        """How far what is supposed leads from what is told, which the calculator works out."""
-        return off(self.values[self.target], self.stated)
+        """The last step less what is told: 0 if x fits, which the calculator finds out.
+
+        What comes of x isn't worked out before: it would be the nearest number to subtract, and
+        gold solutions, in which the two are equal, couldn't teach otherwise.
+        """
+        formula = self.ways[self.target].expr.text(self.values)
+        return off(f"{formula}-{show(self.stated)}", self.values[self.target] - self.stated)
+
+    def concluded(self) -> str:
+        return f"So x is {show(self.values[self.unknown])}."

@@ -12,7 +12,7 @@ The world they share (people, things, stories) is data in `schemas.py`; `stories
 Half of the problems ask for what comes of a story's numbers. The others are trials: a number is
 hidden as x, what comes of it is told, and the solution supposes a number for x, works the story
 with it and subtracts what is told. Such a problem is easier to check than to solve, which is what a
-verifier lives on: the number is a guess, but whether it fits can be read off the last line.
+verifier lives on: the number is a guess, but whether it fits can be read off the last step.
 
 Levels of difficulty (the numbers are in `LEVELS`):
   1  2-3 steps, small numbers, nothing irrelevant, the plainest wording
@@ -295,7 +295,7 @@ def _compared(dice: Dice) -> str:
         place = dice.below(len(one))
         other = one[:place] + str(1 + dice.below(9)) + one[place + 1 :]
         other = one if dice.chance(0.4) else other
-        checked = off(int(other), int(one))
+        checked = off(f"{other}-{one}", int(other) - int(one))
         lines.append(f"It should be {one}. It is {other}. {checked} {schemas.FITS[one == other]}")
     return "\n".join(lines)
 
