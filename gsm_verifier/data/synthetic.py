@@ -189,10 +189,10 @@ def _supposed(scene: Scene) -> Scene:
 def _worked(scene: Scene, story: str) -> str:
     """A story and its steps to the end; in a trial, for some numbers that fit or don't."""
     if not scene.unknown:
-        return f"{story}\n{scene.worked()}"
+        return f"{story}\n{scene.solution()}"
     scenes = [scene, *(_supposed(scene) for _ in range(scene.dice.below(3)))]
     tried = {supposed.answer: supposed for supposed in scenes}.values()
-    return "\n".join([story, *(f"{s.worked()}\n{schemas.FITS[s.fits]}" for s in tried)])
+    return "\n".join([story, *(f"{s.solution()}\n{schemas.FITS[s.fits]}" for s in tried)])
 
 
 def _excerpt(scene: Scene) -> str:
