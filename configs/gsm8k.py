@@ -133,7 +133,7 @@ def tiny(config: ConfigDict) -> None:
         tied=True,
     )
     config.mesh.cpu_devices = 2
-    shared = dict(row_tokens=768, microbatch_rows=16, batch_tokens=12_288)
+    shared = dict(row_tokens=768, microbatch_rows=2, batch_tokens=12_288)
     shared |= dict(learning_rate=3e-3, warmup_steps=10, clip_norm=1.0, eval_every=50)
     config.finetune.update(epochs=1.0, **shared)
     config.baseline.update(epochs=1.0, **shared)

@@ -34,7 +34,7 @@ def get_config(size: str = "") -> ConfigDict:
     config.sample.update(
         completions=20,
         heldout_completions=20,
-        max_tokens=128,
+        max_tokens=112,
         prompts=32,
         slots=10,
     )

@@ -16,7 +16,7 @@ from gsm_verifier.text import answers, calculator
 #   python -c "from tests.test_synthetic import digests; print(digests())"
 GOLDEN = {
     "problems": "9f5ac3ef4fd46c4eee03a02ff6e5669cec0b6b500771840b1bbcc5661b10f716",
-    "documents": "29240243a558b0d317efc80c4afaf4c0fe4bc6204312030b4c6c23446227d34f",
+    "documents": "ea89ccc346f159c62c7e3d0ce7ca585b0ce48ca0d5c8cacb175810c848ba5b24",
 }
 
 

@@ -149,9 +149,9 @@ def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
         u = dice.below(100)
         if u < 8:
             yield _drill(dice, LEVELS[difficulty].size)
-        elif u < 12:
-            yield _copying(dice)
         elif u < 16:
+            yield _copying(dice)
+        elif u < 18:
             yield _compared(dice)
         else:
             scene, ask = _scene(dice, difficulty, (2, 8))
@@ -301,6 +301,11 @@ def _compared(dice: Dice) -> str:
 
 
 def _copying(dice: Dice) -> str:
-    numbers = [str(dice.below(10 ** (1 + dice.below(4)))) for _ in range(2 + dice.below(4))]
-    listed = " ".join(numbers)
+    """A list of numbers, names and things, twice: each is too rare in stories to teach copying."""
+    items = []
+    for _ in range(3 + dice.below(6)):
+        number = str(dice.below(10 ** (1 + dice.below(3))))
+        word = dice.pick(schemas.WORDS[dice.pick(("person", "person", *schemas.WORDS))])[""]
+        items.append(number if dice.chance(0.4) else word)
+    listed = " ".join(items)
     return f"{listed} {dice.pick(schemas.AGAIN)} {listed}"

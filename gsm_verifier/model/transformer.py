@@ -26,7 +26,6 @@ from gsm_verifier.sharding import constrain, tree_shardings
 Params = Any  # a linen variable collection {"params": {...}} of plain arrays
 Context = Callable[..., tuple[jax.Array, Any]]
 
-INIT_SCALE = 0.02  # GPT-2's, and every later family's
 
 _GELU = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -37,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _normal(letters: str, scale: float = INIT_SCALE) -> Callable[..., Any]:
+def _normal(letters: str, scale: float) -> Callable[..., Any]:
     return nn.with_logical_partitioning(nn.initializers.normal(scale), tuple(letters))
 
 
@@ -144,7 +143,9 @@ class Attention(nn.Module):
 
         def heads(name: str, letter: str, count: int) -> jax.Array:
             w = self.param(
-                f"w{name}_D{letter}H", _normal(f"D{letter}H"), (c.width, count, c.head_size)
+                f"w{name}_D{letter}H",
+                _normal(f"D{letter}H", c.init_scale),
+                (c.width, count, c.head_size),
             )
             bias = (
                 self.param(f"b{name}_{letter}H", _constant(f"{letter}H", 0.0), (count, c.head_size))
@@ -177,7 +178,7 @@ class Attention(nn.Module):
         out_BTNH = constrain(out_BTKGH.reshape(q_BTNH.shape), "BTNH")
         wo_NHD = self.param(
             "wo_NHD",
-            _normal("NHD", INIT_SCALE * (2 * c.layers) ** -0.5),
+            _normal("NHD", c.init_scale * (2 * c.layers) ** -0.5),
             (c.heads, c.head_size, c.width),
         )
         bo_D = self.param("bo_D", _constant("D", 0.0), (c.width,)) if c.biases else None
@@ -194,7 +195,7 @@ class Mlp(nn.Module):
         c = self.config
 
         def widen(name: str) -> jax.Array:
-            w = self.param(f"w_{name}_DF", _normal("DF"), (c.width, c.mlp_width))
+            w = self.param(f"w_{name}_DF", _normal("DF", c.init_scale), (c.width, c.mlp_width))
             bias = (
                 self.param(f"b_{name}_F", _constant("F", 0.0), (c.mlp_width,)) if c.biases else None
             )
@@ -203,7 +204,7 @@ class Mlp(nn.Module):
         activation = ACTIVATIONS[c.mlp]
         h_BTF = activation(widen("gate")) * widen("in") if c.gated else activation(widen("in"))
         w_FD = self.param(
-            "w_out_FD", _normal("FD", INIT_SCALE * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
+            "w_out_FD", _normal("FD", c.init_scale * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
         )
         b_D = self.param("b_out_D", _constant("D", 0.0), (c.width,)) if c.biases else None
         return constrain(_project("BTF,FD->BTD", h_BTF, w_FD, b_D), "BTD")
@@ -255,9 +256,11 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_VD = self.param("embed_VD", _normal("VD"), (c.vocab_size, c.width))
+        self.embed_VD = self.param("embed_VD", _normal("VD", c.init_scale), (c.vocab_size, c.width))
         if c.positions == "learned":
-            self.position_TD = self.param("position_TD", _normal("TD"), (c.max_length, c.width))
+            self.position_TD = self.param(
+                "position_TD", _normal("TD", c.init_scale), (c.max_length, c.width)
+            )
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
             self.layers = nn.scan(
@@ -272,7 +275,9 @@ class Transformer(nn.Module):
             self.layers = [block(c, self.dropout) for _ in range(c.layers)]
         self.final_norm = Norm(c, "D", c.width)
         if not c.tied:
-            self.unembed_VD = self.param("unembed_VD", _normal("VD"), (c.vocab_size, c.width))
+            self.unembed_VD = self.param(
+                "unembed_VD", _normal("VD", c.init_scale), (c.vocab_size, c.width)
+            )
         self.value_gain = self.param("value_gain", _constant("", 1.0), ())
         self.value_bias = self.param("value_bias", _constant("", 0.0), ())
 

@@ -106,7 +106,7 @@ def make_step(
             "loss": means["lm"] + means["value"],
             "lm_loss": means["lm"],
             "value_loss": means["value"],
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": (batch_ABT.problem_BT > 0).sum(),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
