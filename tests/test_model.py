@@ -500,7 +500,7 @@ def test_published_sizes_of_gpt3_are_their_names() -> None:
 
 
 @both_families
-def test_initial_parameters_have_gpt2s_statistics(family: str, mesh: Mesh) -> None:
+def test_initial_parameters_are_scaled_by_width(family: str, mesh: Mesh) -> None:
     config = make_config(family, width=64, mlp_width=128, layers=3)
     params = transformer.init(config, jax.random.key(0), mesh)
     for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -509,7 +509,7 @@ def test_initial_parameters_have_gpt2s_statistics(family: str, mesh: Mesh) -> No
             assert (x == (1.0 if name.startswith(("scale", "value_gain")) else 0.0)).all(), name
             continue
         # What is added to the residual stream 2 L times has its variance divided by 2 L.
-        scale = 0.02 * (6**-0.5 if name.startswith(("wo", "w_out")) else 1.0)
+        scale = 64**-0.5 * (6**-0.5 if name.startswith(("wo", "w_out")) else 1.0)
         assert x.dtype == jnp.float32
         assert np.std(x) == pytest.approx(scale, rel=6 / np.sqrt(2 * x.size)), name
         assert abs(np.mean(x)) < 5 * scale / np.sqrt(x.size), name
