@@ -26,6 +26,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 RANGES: dict[str, tuple[float, float]] = {
     "data.heldout_fraction": (0.0, 0.9),
     "data.difficulty": (1, 5),
+    "data.trials": (0.0, 1.0),
     "text.vocab_size": (300, 1_000_000),
     "text.numbers": (10, 10_000),
     "mesh.data": (-1, 1_000_000),
@@ -91,6 +92,7 @@ def default() -> ConfigDict:
             heldout_fraction=0.02,  # of train, by a hash of the id: for held-out losses only
             test_size=0,  # test problems, 0 for all
             difficulty=2,  # synthetic: 1 (2-3 steps) ... 5 (4-8 steps, many distractors)
+            trials=0.5,  # synthetic: the share of problems with a hidden number, which fits or not
             seed=0,  # synthetic: of the generated problems; GSM8K: of the subset of train_size
         )
     )

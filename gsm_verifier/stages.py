@@ -140,7 +140,7 @@ def prepare(run: Run) -> None:
             "test": data.test_size or SYNTHETIC_SIZES["test"],
         }
         splits = {
-            split: synthetic.generate(split, size, data.seed, data.difficulty)
+            split: synthetic.generate(split, size, data.seed, data.difficulty, data.trials)
             for split, size in sizes.items()
         }
     else:

@@ -127,9 +127,9 @@ def test_solutions_use_only_numbers_they_have(problems):
 
 
 def test_trials_hide_one_number_and_tell_what_comes_of_it(by_level):
-    for level, found in by_level.items():
+    for found in by_level.values():
         trials = [problem for _, problem in found if _is_trial(problem)]
-        assert len(trials) / len(found) == pytest.approx(synthetic.LEVELS[level].trial, abs=0.08)
+        assert len(trials) / len(found) == pytest.approx(synthetic.TRIALS, abs=0.08)
         for problem in trials:
             story = problem.question.removesuffix(" What is x?")
             assert len(re.findall(r"(?<![a-z])x(?![a-z])", story)) >= 1, story
@@ -139,6 +139,11 @@ def test_trials_hide_one_number_and_tell_what_comes_of_it(by_level):
             outcome = check.rpartition("-")[2]
             told = story.split(". ")[-1]
             assert re.search(rf"(?<![\d.]){re.escape(outcome)}(?!\d)", told), problem
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_trials_can_be_set(share):
+    assert {_is_trial(p) for p in synthetic.generate("train", 20, 0, 1, share)} == {share == 1.0}
 
 
 def test_only_one_number_fits_a_trial():

@@ -36,7 +36,6 @@ class Level:
       shuffle: probability that facts without a fixed order are shuffled.
       words: probability that a number up to twelve is written in words.
       phrasings: how many of the phrasings of a sentence are in use.
-      trial: probability that a problem hides a number and tells what comes of it.
     """
 
     wording: int
@@ -47,7 +46,6 @@ class Level:
     shuffle: float
     words: float
     phrasings: int
-    trial: float
 
 
 class Dice:

@@ -9,7 +9,7 @@ yet solve. `documents` gives the first and `generate` the second, small enough f
 
 The world they share (people, things, stories) is data in `schemas.py`; `stories.py` tells it.
 
-Half of the problems ask for what comes of a story's numbers. The others are trials: a number is
+Some of the problems ask for what comes of a story's numbers. The others are trials: a number is
 hidden as x, what comes of it is told, and the solution supposes a number for x, works the story
 with it and subtracts what is told. Such a problem is easier to check than to solve, which is what a
 verifier lives on: the number is a guess, but whether it fits can be read off the last step.
@@ -46,12 +46,13 @@ from gsm_verifier.records import Problem
 from gsm_verifier.text import answers, calculator
 
 LEVELS = {
-    1: Level(1, (2, 3), 0.30, (0.0, 0), keep=0.0, shuffle=0.0, words=0.0, phrasings=1, trial=0.5),
-    2: Level(2, (2, 4), 0.50, (0.4, 1), keep=0.4, shuffle=0.0, words=0.0, phrasings=9, trial=0.5),
-    3: Level(3, (2, 6), 0.70, (0.5, 1), keep=0.5, shuffle=0.5, words=0.2, phrasings=9, trial=0.5),
-    4: Level(4, (3, 8), 0.85, (0.6, 2), keep=0.6, shuffle=0.5, words=0.3, phrasings=9, trial=0.5),
-    5: Level(5, (4, 8), 1.00, (0.9, 3), keep=0.8, shuffle=0.5, words=0.4, phrasings=9, trial=0.5),
+    1: Level(1, (2, 3), 0.30, (0.0, 0), keep=0.0, shuffle=0.0, words=0.0, phrasings=1),
+    2: Level(2, (2, 4), 0.50, (0.4, 1), keep=0.4, shuffle=0.0, words=0.0, phrasings=9),
+    3: Level(3, (2, 6), 0.70, (0.5, 1), keep=0.5, shuffle=0.5, words=0.2, phrasings=9),
+    4: Level(4, (3, 8), 0.85, (0.6, 2), keep=0.6, shuffle=0.5, words=0.3, phrasings=9),
+    5: Level(5, (4, 8), 1.00, (0.9, 3), keep=0.8, shuffle=0.5, words=0.4, phrasings=9),
 }
+TRIALS = 0.5  # the share of problems that are trials, in documents too
 # A question belongs to the one split that its own hash points at, whatever seed or size drew it.
 SPLITS = {"train": (0, 50), "heldout": (50, 75), "test": (75, 100)}
 
@@ -72,9 +73,11 @@ def _menu(level: int, low: int, high: int) -> list[tuple[Schema, list[Ask]]]:
     return menu
 
 
-def _scene(dice: Dice, level: int, steps: tuple[int, int]) -> tuple[Scene, tuple[Template, ...]]:
+def _scene(
+    dice: Dice, level: int, steps: tuple[int, int], trials: float = TRIALS
+) -> tuple[Scene, tuple[Template, ...]]:
     """A sensible instance of any schema, and the wordings of its question."""
-    trial = dice.chance(LEVELS[level].trial)
+    trial = dice.chance(trials)
     while True:
         schema, asks = dice.pick(_menu(level, *steps))
         target, ask = dice.pick(asks)
@@ -104,8 +107,14 @@ def split_of(question: str) -> str:
     return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
 
 
-def stream(split: str, seed: int, difficulty: int = 2) -> Iterator[tuple[str, Problem]]:
-    """(name of the schema, problem) without end; each question at most once."""
+def stream(
+    split: str, seed: int, difficulty: int = 2, trials: float = TRIALS
+) -> Iterator[tuple[str, Problem]]:
+    """(name of the schema, problem) without end; each question at most once.
+
+    Args:
+      trials: the share of them that are trials.
+    """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {list(SPLITS)}")
     if difficulty not in LEVELS:
@@ -113,7 +122,7 @@ def stream(split: str, seed: int, difficulty: int = 2) -> Iterator[tuple[str, Pr
     dice = Dice(f"problems/{split}/{seed}/{difficulty}")
     seen: set[str] = set()
     while True:
-        scene, ask = _scene(dice, difficulty, LEVELS[difficulty].steps)
+        scene, ask = _scene(dice, difficulty, LEVELS[difficulty].steps, trials)
         question = f"{scene.story()} {scene.asked(ask)}"
         if question in seen or split_of(question) != split:
             continue
@@ -123,12 +132,14 @@ def stream(split: str, seed: int, difficulty: int = 2) -> Iterator[tuple[str, Pr
         yield scene.schema.name, problem
 
 
-def generate(split: str, size: int, seed: int, difficulty: int = 2) -> list[Problem]:
-    """The first `size` problems of a split for a seed.
+def generate(
+    split: str, size: int, seed: int, difficulty: int = 2, trials: float = TRIALS
+) -> list[Problem]:
+    """The first `size` problems of a split for a seed; `trials` as in `stream`.
 
     Splits share no question, whatever their sizes and seeds, and a larger size only adds.
     """
-    found = itertools.islice(stream(split, seed, difficulty), size)
+    found = itertools.islice(stream(split, seed, difficulty, trials), size)
     return [problem for _, problem in found]
 
 
