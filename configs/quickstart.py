@@ -23,14 +23,19 @@ from gsm_verifier.config import default
 def get_config(size: str = "") -> ConfigDict:
     config = default()
     config.data.update(
-        source="synthetic", difficulty=1, train_size=500, heldout_fraction=0.1, test_size=300
+        source="synthetic",
+        difficulty=1,
+        trials=0.75,
+        train_size=500,
+        heldout_fraction=0.1,
+        test_size=300,
     )
     config.model.pretrained = "quickstart"
     config.mesh.cpu_devices = 2
     shared = dict(row_tokens=256, microbatch_rows=4, clip_norm=1.0, warmup_steps=10)
-    config.finetune.update(learning_rate=1e-3, batch_tokens=1024, **shared)
-    config.baseline.update(learning_rate=5e-4, batch_tokens=2048, **shared)
-    config.verify.update(learning_rate=5e-4, batch_tokens=2048, branches=4, **shared)
+    config.finetune.update(learning_rate=4e-4, batch_tokens=1024, **shared)
+    config.baseline.update(learning_rate=3e-4, batch_tokens=2048, **shared)
+    config.verify.update(learning_rate=1.5e-3, batch_tokens=2048, branches=4, **shared)
     config.sample.update(
         completions=20,
         heldout_completions=20,
@@ -53,7 +58,7 @@ def _from_scratch(config: ConfigDict, **sizes: int) -> None:
 
 
 def _pretrain(config: ConfigDict) -> None:
-    config.data.train_size = 5000  # for the tokenizer
+    config.data.update(train_size=5000, trials=0.5)  # for the tokenizer
     config.text.update(vocab_size=2047, numbers=1000)
     _from_scratch(
         config,
