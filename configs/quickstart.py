@@ -4,7 +4,7 @@
 
 It starts, as the paper does, from a pretrained language model: one of 1.5 million parameters that
 comes with the package and has read short texts of the same world, never a question with its
-solution. These commands made it, in twelve minutes on two busy cores:
+solution. These commands made it, in twenty minutes on two busy cores:
 
     python -m gsm_verifier.main --config=configs/quickstart.py:pretrain --workdir=runs/pretrain \
         --stages=prepare,pretrain
