@@ -48,6 +48,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "hf": ["huggingface_hub>=0.30", "gguf>=0.10"],
         "test": TEST,
+        "bench": ["torch>=2.6", "transformers>=5.0"],  # what a user would run instead
         "oracle": ["torch>=2.6", "accelerate>=1.0"],  # makes transformers compute, in tests only
     },
 )

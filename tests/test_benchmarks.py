@@ -1,0 +1,112 @@
+"""The benchmarks run from end to end on a tiny model; how fast is nobody's business here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import make_config
+from jax.sharding import Mesh
+
+from gsm_verifier.data import problems, synthetic
+from gsm_verifier.model import hf, transformer
+from gsm_verifier.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PEER = "transformers"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> list[str]:
+    """The options that name a tiny model and some problems."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for split, size in (("train", 60), ("test", 2)):
+        found = synthetic.generate(split, size, seed=0, difficulty=1)
+        problems.save(found, folder / "data" / f"{split}.jsonl")
+    tokenizer = Tokenizer.train([f"{p.question}\n{p.solution}" for p in found], 320)
+    config = make_config("llama", text_size=tokenizer.size, max_length=1024)
+    hf.save(folder / "model", config, transformer.init(config, jax.random.key(0), mesh), tokenizer)
+    return ["--model", str(folder / "model"), "--data", str(folder / "data")]
+
+
+def told(program: str, *options: str) -> dict[str, Any]:
+    """The one line a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{program}", "--rounds", "1", *options],
+        cwd=ROOT,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    found = json.loads(line)
+    assert found["benchmark"] == program
+    assert not any(str(value).startswith("/") for value in found["arguments"].values())
+    return found
+
+
+def assert_stands(found: dict[str, Any]) -> None:
+    """Every contender has its speed and memory; ours stands to the roofline and to a peer."""
+    for one in found["contenders"].values():
+        speed = one["tokens_per_s"]
+        assert 0 < speed["low"] <= speed["median"] <= speed["high"]
+        assert one["memory_mib"] > 10
+    assert 0 < found["ratio_to_roofline"]
+    assert found["roofline"]["tokens_per_s"] > 0
+    assert (found["ratio_to_best_peer"] is None) == (found["best_peer"] is None)
+
+
+SMALL = ["--questions", "2", "--completions", "3", "--tokens", "8", "--dtype", "float32"]
+
+
+def test_roofline(folders: list[str]) -> None:
+    found = told("roofline", *folders, "--rows", "4")
+    assert found["gb_per_s"] > 0
+    assert all(rate > 0 for rate in found["gflops"].values())
+    assert {shape.split("x")[0] for shape in found["gflops"]} == {"4"}
+
+
+def test_sampling(folders: list[str]) -> None:
+    found = told("sampling", *folders, *SMALL)
+    assert_stands(found)
+    for one in found["contenders"].values():
+        assert one["mean_tokens"] == 8
+        assert one["distinct"] == 1
+        assert abs(one["improbability"]) < 4
+
+
+def test_sampling_that_stops_when_it_stops(folders: list[str]) -> None:
+    ours = ["ours", "ours_without_calculator"]
+    found = told("sampling", *folders, *SMALL, "--real", "--in-flight", "1", "--contenders", *ours)
+    assert_stands(found)
+    assert list(found["contenders"]) == ours
+    assert found["calculator_cost"] < 1
+    assert all(0 < one["useful"] <= 1 for one in found["contenders"].values())
+
+
+def test_scoring(folders: list[str]) -> None:
+    found = told("scoring", *folders, *SMALL, "--row-tokens", "256")
+    assert_stands(found)
+    assert all(one["difference"] < 1e-4 for one in found["contenders"].values())
+
+
+def test_training(folders: list[str]) -> None:
+    sizes = ["--row-tokens", "256", "--batch-tokens", "512", "--peer-length", "64"]
+    names = ["ours", PEER, "ours_trees", "ours_branch_a_row"]  # compiling takes a minute
+    found = told("training", *folders, *SMALL, *sizes, "--contenders", *names)
+    assert_stands(found)
+    assert found["gradient_difference"] < 1e-4
+    assert found["trees_time_ratio"] > 0
+
+
+def test_a_contender_nobody_knows_is_refused(folders: list[str]) -> None:
+    command = [sys.executable, "-m", "benchmarks.scoring", *folders, "--contenders", "abacus"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "abacus" in done.stderr
+    assert "Traceback" not in done.stderr
