@@ -235,7 +235,7 @@ def speed(result: Result, tokens: Sequence[float], **checked: Any) -> dict[str, 
 def ratio(speeds: Mapping[str, Any], one: str, other: str) -> float:
     """How many times as fast as the other the one is, by their medians."""
     a, b = (speeds[name]["tokens_per_s"]["median"] for name in (one, other))
-    return round(a / b, 3)
+    return float(f"{a / b:.3g}")
 
 
 def standing(speeds: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str, Any]:

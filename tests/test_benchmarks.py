@@ -56,7 +56,7 @@ def assert_stands(found: dict[str, Any]) -> None:
         speed = one["tokens_per_s"]
         assert 0 < speed["low"] <= speed["median"] <= speed["high"]
         assert one["memory_mib"] > 10
-    assert 0 < found["ratio_to_roofline"]
+    assert found["ratio_to_roofline"] > 0
     assert found["roofline"]["tokens_per_s"] > 0
     assert (found["ratio_to_best_peer"] is None) == (found["best_peer"] is None)
 
