@@ -147,6 +147,15 @@ class Packed:
         return out, (k_BKSH, v_BKSH) if self.keep else None
 
 
+def kept(dtype: str) -> str:
+    """The dtype the sampler's keys and values are kept in, for a computation in `dtype`.
+
+    XLA:CPU multiplies them in float32 only (see `_einsum`). Kept in bfloat16, all of them would be
+    converted for every token, which takes twice the time of the products; the numbers are the same.
+    """
+    return "float32" if jax.default_backend() == "cpu" else dtype
+
+
 class BranchCache(NamedTuple):
     """One layer's keys and values in the sampler: B prompts of T slots each."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_verifier import sharding
-from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed
+from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed, kept
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.text import tokenizer as tk
@@ -126,11 +126,11 @@ def empty_slots(
     def zeros(letters: str, dtype: Any, *shape: int) -> jax.Array:
         return jnp.zeros(shape, dtype, device=sharding.named(mesh, letters))
 
-    K, H = config.kv_heads, config.head_size
+    K, H, dtype = config.kv_heads, config.head_size, kept(config.dtype)
 
     def cache() -> BranchCache:
-        prompt = [zeros("PKSH", config.dtype, P, K, S, H) for _ in range(2)]
-        own = [zeros("PCKWH", config.dtype, P, C, K, W, H) for _ in range(2)]
+        prompt = [zeros("PKSH", dtype, P, K, S, H) for _ in range(2)]
+        own = [zeros("PCKWH", dtype, P, C, K, W, H) for _ in range(2)]
         return BranchCache(*prompt, *own)
 
     def slots(dtype: Any, *more: int) -> jax.Array:
