@@ -135,7 +135,9 @@ def torch_model(args: Namespace, dtype: str | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or args.dtype)
 
 
-def _serve(pipe: Connection, make: Callable[[Namespace], Callable[[], Any]], args: Namespace):
+def _serve(
+    pipe: Connection, make: Callable[[Namespace], Callable[[], Any]], args: Namespace
+) -> None:
     os.dup2(2, 1)  # standard output is for the one line
     work = None
     while pipe.recv():
@@ -232,9 +234,9 @@ def speed(result: Result, tokens: Sequence[float], **checked: Any) -> dict[str, 
     }
 
 
-def ratio(speeds: Mapping[str, Any], one: str, other: str) -> float:
-    """How many times as fast as the other the one is, by their medians."""
-    a, b = (speeds[name]["tokens_per_s"]["median"] for name in (one, other))
+def ratio(speeds: Mapping[str, Any], one: str, other: str, by: str = "median") -> float:
+    """How many times as fast as the other the one is, by their medians or another of `spread`."""
+    a, b = (speeds[name]["tokens_per_s"][by] for name in (one, other))
     return float(f"{a / b:.3g}")
 
 
@@ -253,6 +255,8 @@ def standing(speeds: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str,
         "contenders": speeds,
         "best_peer": best,
         "ratio_to_best_peer": ratio(speeds, OURS, best) if best and ours else None,
+        # What somebody else's work disturbs least.
+        "ratio_of_best_rounds": ratio(speeds, OURS, best, "high") if best and ours else None,
         "roofline": ceiling,
         "ratio_to_roofline": ratio(limited, OURS, ROOFLINE) if ours else None,
     }
