@@ -38,6 +38,11 @@ def products(config: Any, head: bool) -> Counter[tuple[int, int]]:
     return found
 
 
+def weights(matrices: Counter[tuple[int, int]]) -> int:
+    """Numbers in all of the `products`."""
+    return sum(count * k * n for (k, n), count in matrices.items())
+
+
 def _calls_per_s(call: Callable[[], Any]) -> float:
     call()
     began, calls = time.perf_counter(), 0
@@ -142,8 +147,7 @@ def ceiling(
         count * passes * 2e-9 * rows * k * n / rates["gflops"][f"{measured}x{k}x{n}"]
         for (k, n), count in matrices.items()
     )
-    weights = SIZES[args.dtype] * sum(count * k * n for (k, n), count in matrices.items())
-    moving = (weights + more_bytes) * 1e-9 / rates["gb_per_s"]
+    moving = (SIZES[args.dtype] * weights(matrices) + more_bytes) * 1e-9 / rates["gb_per_s"]
     return {
         "tokens_per_s": round(tokens / max(computing, moving), 1),
         "compute_tokens_per_s": round(tokens / computing, 1),

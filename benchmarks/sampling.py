@@ -179,7 +179,7 @@ def judged(
         sys.exit(f"{name}: {counts} completions of {low} to {high} tokens")
     if low < args.tokens and not args.real:
         sys.exit(f"{name}: a completion has {low} tokens, not {args.tokens}")
-    calculated = args.real and name == "ours"  # not all of its tokens are drawn
+    calculated = args.real and name == contest.OURS  # not all of its tokens are drawn
     sigmas = None if calculated else improbability(args, completions, logits)
     if abs(sigmas or 0.0) > IMPROBABLE:
         sys.exit(f"{name}: its tokens are {sigmas} standard deviations from the model's")
@@ -213,7 +213,7 @@ def main() -> None:
     args.in_flight = args.in_flight or args.questions
     args.slots = args.slots or args.completions
     args.rows = [args.in_flight * args.slots]
-    contenders = {"ours": Contender(calculating if args.real else ours)}
+    contenders = {contest.OURS: Contender(calculating if args.real else ours)}
     if args.real:
         contenders[UNAIDED] = Contender(ours)
     contenders |= {
@@ -237,8 +237,8 @@ def main() -> None:
         more_bytes=cache_bytes(args, mean_tokens),
     )
     told = contest.standing(speeds, ceiling)
-    if {"ours", UNAIDED} <= set(speeds):
-        told["calculator_cost"] = round(1 - contest.ratio(speeds, "ours", UNAIDED), 3)
+    if {contest.OURS, UNAIDED} <= set(speeds):
+        told["calculator_cost"] = round(1 - contest.ratio(speeds, contest.OURS, UNAIDED), 3)
     contest.line(args, **told)
 
 

@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     args.rows = [args.row_tokens * args.batch_rows]
     contenders = {
-        "ours": Contender(ours),
+        contest.OURS: Contender(ours),
         "transformers": Contender(transformers, needs=("torch", "transformers")),
         contest.ROOFLINE: roofline.CONTENDER,
     }

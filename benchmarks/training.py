@@ -223,10 +223,7 @@ def main() -> None:
     from gsm_verifier.model import hf
 
     # Adam reads and writes the weights and two moments, and reads the gradient, all in float32.
-    weights = sum(
-        count * k * n
-        for (k, n), count in roofline.products(hf.read_config(args.model), True).items()
-    )
+    weights = roofline.weights(roofline.products(hf.read_config(args.model), True))
     ceiling = roofline.ceiling(
         args,
         limits,

@@ -3,8 +3,9 @@
     python -m gsm_verifier.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 It starts, as the paper does, from a pretrained language model: one of 1.5 million parameters that
-comes with the package and has read short texts of the same world, never a question with its
-solution. These commands made it, in twenty minutes on two busy cores:
+comes with the package and has read short texts of the same world, some of them stories of its train
+split worked to their answer, never a question with its solution. These commands made it, in twenty
+minutes on two busy cores:
 
     python -m gsm_verifier.main --config=configs/quickstart.py:pretrain --workdir=runs/pretrain \
         --stages=prepare,pretrain

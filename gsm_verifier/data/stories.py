@@ -86,9 +86,14 @@ def _price(value: Value) -> str:
     return "$" + (text + "0" if text[-2:-1] == "." else text)
 
 
+def annotated(formula: str, value: Value, unit: str = "") -> str:
+    """A calculation as solutions write it: `14*3 = $<<14*3=42>>42`."""
+    return f"{formula} = {unit}<<{formula}={show(value)}>>{show(value)}"
+
+
 def off(formula: str, difference: Value) -> str:
     """The line that holds what is found against what it should be."""
-    return f"It is off by {formula} = <<{formula}={show(difference)}>>{show(difference)}."
+    return f"It is off by {annotated(formula, difference)}."
 
 
 def divide(a: Value, b: Value) -> Value:
@@ -584,8 +589,8 @@ class Scene:
         return show(value)
 
     def _worked(self, name: str) -> str:
-        formula, result = self.ways[name].expr.text(self.values), show(self.values[name])
-        return f"{formula} = {'$' if self._money(name) else ''}<<{formula}={result}>>{result}"
+        formula, unit = self.ways[name].expr.text(self.values), "$" if self._money(name) else ""
+        return annotated(formula, self.values[name], unit)
 
     def asked(self, ask: Sequence[Template]) -> str:
         """The sentence that asks: for the target in words of its own, or for x."""
@@ -686,4 +691,4 @@ class Scene:
         return off(f"{formula}-{show(self.stated)}", self.values[self.target] - self.stated)
 
     def concluded(self) -> str:
-        return f"So x is {show(self.values[self.unknown])}."
+        return f"So x is {show(self.answer)}."

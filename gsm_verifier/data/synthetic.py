@@ -37,6 +37,7 @@ from gsm_verifier.data.stories import (
     Scene,
     Schema,
     Template,
+    annotated,
     compile_schema,
     divide,
     off,
@@ -149,11 +150,11 @@ def generate(
 def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
     """Short texts from the same world, for the language model that fine-tuning starts from.
 
-    They teach the words, the copying of numbers, the annotations, arithmetic in context, and to
-    tell a right step or a fitting number from others. Some work a story of the train split out to
-    its end; but no question is ever followed by its story or its solution. A question mark occurs
-    only in the first sentence of a document, while every question of `generate` has a statement
-    before it: so no document contains one.
+    They teach the words, the copying of numbers and names, the annotations, arithmetic in context,
+    and to tell a right step or a fitting number from others. Some work a story of the train split
+    out to its answer; but no question is ever followed by its story or its solution. A question
+    mark occurs only in the first sentence of a document, while every question of `generate` has a
+    statement before it: so no document contains one.
     """
     dice = Dice(f"documents/{seed}/{difficulty}")
     for _ in range(size):
@@ -294,7 +295,7 @@ def _drill(dice: Dice, size: float) -> str:
                 (f"{large}*{5 * small}/100", divide(large * small, 20)),
             )
         )
-        lines.append(f"{formula} = <<{formula}={show(result)}>>{show(result)}")
+        lines.append(annotated(formula, result))
     return "\n".join(lines)
 
 

