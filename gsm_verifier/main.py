@@ -27,6 +27,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Elsewhere: how many there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Elsewhere: which of them this is, from 0.")
+_PLAN = flags.DEFINE_bool("plan", False, "Run nothing: tell what fits and how long it takes.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "With --plan: a TPU slice, such as v5e:4x4.")
 
 
 def main(argv: list[str]) -> None:
@@ -36,13 +38,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend
     import jax
 
-    from gsm_verifier import pipeline, processes
-    from gsm_verifier.stages import STAGES
-    from gsm_verifier.train.loop import Stopped
+    from gsm_verifier import pipeline, plan, processes
 
     config = _CONFIG.value
     try:
-        if "://" in _WORKDIR.value:
+        if not _PLAN.value and not _WORKDIR.value:
+            raise ValueError("--workdir is missing: give a folder for the run")
+        if "://" in (_WORKDIR.value or ""):
             raise ValueError(f"--workdir={_WORKDIR.value}: a folder is wanted; mount the bucket")
         if jax.config.jax_platforms in (None, "", "cpu"):
             jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
@@ -51,18 +53,21 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        if _DISTRIBUTED.value or told != (None, None, None):
-            processes.meet(*told)
-        pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
+        processes.meet(_DISTRIBUTED.value, *told)
+        if _PLAN.value:
+            print(plan.table(config, _TOPOLOGY.value))
+            return
+        names = _STAGES.value or list(pipeline.STAGES)
+        pipeline.run_stages(config, Path(_WORKDIR.value), names)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise
         sys.exit(f"gsm_verifier: {error}")
-    except Stopped as stopped:
+    except processes.Stopped as stopped:
         print(f"gsm_verifier: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # as if it had killed the process, so that it is run again
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -1,6 +1,7 @@
 """The verifier's values: one after every token of every completion (section 4.2)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +31,20 @@ def aggregate(values: Sequence[float], how: str) -> float:
     return float(AGGREGATES[how](np.asarray(values, np.float64)))
 
 
+def program(config: ModelConfig, mesh: jax.sharding.Mesh, squash: str) -> Any:
+    """(parameters, Batch of [1, B, T] arrays) to the value after every token [B, T], compiled."""
+    model = Transformer(config)
+
+    def values(params: Params, batch_ABT: Batch) -> jax.Array:
+        batch = jax.tree.map(lambda x: x[0], batch_ABT)
+        hidden_BTD, _ = model.apply(
+            params, batch.tokens_BT, batch.position_BT, Packed(batch.visible_BTS())
+        )
+        return squashed(model.apply(params, hidden_BTD, method="value"), squash)
+
+    return jax.jit(values, out_shardings=sharding.named(mesh, "BT"))
+
+
 class Scorer:
     """Computes values with one verifier. Completions of a problem share its computed question.
 
@@ -50,16 +65,7 @@ class Scorer:
         devices = sharding.row_devices(mesh)
         self._rows = len(sharding.share(mesh).rows(-(-rows // devices) * devices))
         self._params, self._mesh, self._row_tokens = params, mesh, row_tokens
-        model = Transformer(config)
-
-        def values(params: Params, batch_ABT: Batch) -> jax.Array:
-            batch = jax.tree.map(lambda x: x[0], batch_ABT)
-            hidden_BTD, _ = model.apply(
-                params, batch.tokens_BT, batch.position_BT, Packed(batch.visible_BTS())
-            )
-            return squashed(model.apply(params, hidden_BTD, method="value"), squash)
-
-        self._values = jax.jit(values, out_shardings=sharding.named(mesh, "BT"))
+        self._values = program(config, mesh, squash)
 
     def __call__(
         self, items: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]]

@@ -42,23 +42,26 @@ RULES: dict[str, tuple[str, ...]] = {
 } | dict.fromkeys("ATSGHLCWM", ())
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh over all devices of all processes; one of the sizes may be -1: what is left.
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh over all devices of all processes, or others; one of the sizes may be -1: the rest.
 
     Raises:
       ValueError: the sizes don't multiply to the number of devices.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and 0 not in sizes:
-        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
-    if math.prod(sizes) != devices or min(sizes) < 1:
+        sizes[sizes.index(-1)] = count // -math.prod(sizes)
+    if math.prod(sizes) != count or min(sizes) < 1:
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} doesn't cover {devices} devices: "
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} doesn't cover {count} devices: "
             "make the product of the sizes equal to it, or set one of them to -1"
         )
     # Explicit axes, the default, are not understood by linen.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
 def row_devices(mesh: Mesh) -> int:
@@ -127,6 +130,12 @@ def spec(letters: Sequence[str | None]) -> PartitionSpec:
 def named(mesh: Mesh, letters: Sequence[str | None]) -> NamedSharding:
     """Where on the mesh an array lives whose dimensions are named by letters."""
     return NamedSharding(mesh, spec(letters))
+
+
+def platform() -> str:
+    """What the enclosing `jax.set_mesh` computes on, if only in a plan; no mesh: the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:

@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """A batched product accumulated in float32."""
-    if jax.default_backend() == "cpu":  # XLA:CPU has no batched bfloat16 -> float32 product
+    if sharding.platform() == "cpu":  # XLA:CPU has no batched bfloat16 -> float32 product
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
 
@@ -111,7 +111,7 @@ def by_rows(
             blocks.append(attend(q_BTKGH[:, start:end], [seen], scale, cap))
         return jnp.concatenate(blocks, 1)
 
-    if jax.default_backend() != "cpu":
+    if sharding.platform() != "cpu":
         return rows(q_BTKGH, k_BKSH, v_BKSH, visible_BTS)
     return jax.lax.map(
         lambda row: rows(*(x[None] for x in row))[0], (q_BTKGH, k_BKSH, v_BKSH, visible_BTS)

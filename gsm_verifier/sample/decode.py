@@ -118,28 +118,28 @@ def no_orders(P: int, C: int) -> Orders:
     )
 
 
-def empty_slots(
+def slot_shapes(
     config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, W: int
 ) -> Slots:
-    """P prompts of at most S tokens, with C idle slots of W tokens each."""
+    """Shapes and shardings of P prompts of at most S tokens, with C slots of W tokens each."""
 
-    def zeros(letters: str, dtype: Any, *shape: int) -> jax.Array:
-        return jnp.zeros(shape, dtype, device=sharding.named(mesh, letters))
+    def array(letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
     K, H, dtype = config.kv_heads, config.head_size, kept(config.dtype)
 
     def cache() -> BranchCache:
-        prompt = [zeros("PKSH", dtype, P, K, S, H) for _ in range(2)]
-        own = [zeros("PCKWH", dtype, P, C, K, W, H) for _ in range(2)]
+        prompt = [array("PKSH", config.dtype, P, K, S, H) for _ in range(2)]
+        own = [array("PCKWH", config.dtype, P, C, K, W, H) for _ in range(2)]
         return BranchCache(*prompt, *own)
 
-    def slots(dtype: Any, *more: int) -> jax.Array:
-        return zeros("PC" + "S" * len(more), dtype, P, C, *more)
+    def slots(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        return array("PC" + "S" * len(more), dtype, P, C, *more)
 
     return Slots(
         caches=[cache() for _ in range(config.layers)],
-        prompt_length_P=zeros("P", jnp.int32, P),
-        last_token_P=zeros("P", jnp.int32, P),
+        prompt_length_P=array("P", jnp.int32, P),
+        last_token_P=array("P", jnp.int32, P),
         status_PC=slots(jnp.int32),
         token_PC=slots(jnp.int32),
         age_PC=slots(jnp.int32),
@@ -149,6 +149,14 @@ def empty_slots(
         queue_PCQ=slots(jnp.int32, FORCED),
         queued_PC=slots(jnp.int32),
     )
+
+
+def empty_slots(
+    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, W: int
+) -> Slots:
+    """P prompts of at most S tokens, with C idle slots of W tokens each."""
+    shapes = slot_shapes(config, mesh, P, C, S, W)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
 
 def prefill(
@@ -321,8 +329,8 @@ def advance(
     params: Params,
     slots: Slots,
     orders: Orders,
-    sampling: Sampling,
     grammar_VX: jax.Array,
+    sampling: Sampling,
 ) -> tuple[Slots, Trace]:
     """Obey, then step until enough slots wait for the host or the chunk is full."""
     slots = obey(slots, orders)

@@ -27,6 +27,7 @@ from gsm_verifier.sample.decode import FORCED, Sampling
 from gsm_verifier.text import calculator
 from gsm_verifier.text.tokenizer import Tokenizer
 
+GRAMMAR = 6  # columns of `Tokenizer.grammar`
 PROMPT_BUCKET = 32  # prompts are padded to a multiple of it, to compile few shapes
 
 
@@ -50,6 +51,24 @@ class _Row:
 def problem_key(problem: str) -> int:
     """The identity of a problem in the keys of its draws: stable on every machine."""
     return zlib.crc32(problem.encode())
+
+
+def prefill_rows(P: int, mesh: jax.sharding.Mesh) -> int:
+    """How many of P prompts share a prefill: some for every device."""
+    devices = sharding.row_devices(mesh)
+    return min(P, math.ceil(max(4, mesh.size) / devices) * devices)
+
+
+def programs(config: ModelConfig, mesh: jax.sharding.Mesh, sampling: Sampling) -> tuple[Any, Any]:
+    """(`decode.prefill`, `decode.advance`) of a model with unstacked layers, compiled."""
+    model = Transformer(config)
+    prefill = jax.jit(functools.partial(decode.prefill, model), donate_argnums=1)
+    advance = jax.jit(
+        functools.partial(decode.advance, model, sampling=sampling),
+        donate_argnums=1,
+        out_shardings=(None, decode.trace_shardings(mesh)),
+    )
+    return prefill, advance
 
 
 class Engine:
@@ -82,24 +101,18 @@ class Engine:
         self._P, self._C = math.ceil(prompts / devices) * devices, slots
         self._share = sharding.share(mesh)
         self._here = self._share.rows(self._P)  # this process's own
-        self._prefill_rows = min(self._P, math.ceil(max(4, mesh.size) / devices) * devices)
+        self._prefill_rows = prefill_rows(self._P, mesh)
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         self._config, self._params = transformer.unstack(config, params)
         # Matrices are cast once here, not at every step.
         self._params = jax.tree.map(
             lambda x: x.astype(config.dtype) if x.ndim > 1 else x, self._params
         )
-        model = Transformer(self._config)
-        table = tokenizer.grammar() if calculator else np.zeros((tokenizer.size, 6), np.int8)
+        table = tokenizer.grammar() if calculator else np.zeros((tokenizer.size, GRAMMAR), np.int8)
         padded = np.zeros((config.vocab_size, table.shape[1]), np.int32)
         padded[: len(table)] = table
         self._grammar = jnp.asarray(padded, device=sharding.named(mesh, ()))
-        self._prefill = jax.jit(functools.partial(decode.prefill, model), donate_argnums=1)
-        self._advance = jax.jit(
-            functools.partial(decode.advance, model, sampling=sampling),
-            donate_argnums=1,
-            out_shardings=(None, decode.trace_shardings(mesh)),
-        )
+        self._prefill, self._advance = programs(self._config, mesh, sampling)
         self._steps = self._used = 0
 
     @property
@@ -154,7 +167,7 @@ class _Run:
                 self._admit()
             self._start(orders)
             self._slots, trace = self._e._advance(
-                self._e._params, self._slots, self._global(orders), grammar_VX=self._e._grammar
+                self._e._params, self._slots, self._global(orders), self._e._grammar
             )
             status = self._read(trace)
             orders = decode.no_orders(*self._sample.shape)

@@ -22,10 +22,6 @@ from gsm_verifier.train.batch import Batch
 from gsm_verifier.train.losses import Objective
 
 
-class Stopped(Exception):
-    """Training was asked to end, and has saved a checkpoint to go on from."""
-
-
 class TrainState(NamedTuple):
     """Everything that changes in training, all on the mesh."""
 
@@ -114,6 +110,18 @@ def make_step(
     return step
 
 
+def jit_step(
+    model: Transformer,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    seed: int,
+    where: TrainState,
+) -> Any:
+    """`make_step` compiled for a TrainState that lives on the shardings `where`, and is donated."""
+    step = make_step(model, objective, tx, seed)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
 def state_shardings(
     model: ModelConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[Any, Any]:
@@ -182,7 +190,7 @@ def fit(
       log: a `gsm_verifier.metrics.Metrics`.
 
     Raises:
-      Stopped: SIGTERM came, to any of the processes; all saved the same step.
+      processes.Stopped: SIGTERM came, to any of the processes; all saved the same step.
       FloatingPointError: the loss stopped being finite, naming the step.
     """
     rows = PackedRows(trees, options.row_tokens, options.epochs, seed)
@@ -193,9 +201,7 @@ def fit(
     shapes, where = state_shardings(model, tx, mesh)
     with jax.set_mesh(mesh), processes.Termination() as termination:
         net = Transformer(model, dropout=options.dropout)
-        step = jax.jit(
-            make_step(net, objective, tx, seed), donate_argnums=0, out_shardings=(where, None)
-        )
+        step = jit_step(net, objective, tx, seed, where)
 
         def evaluate_step(params: Params, batch_ABT: Batch) -> dict[str, jax.Array]:
             batch = jax.tree.map(lambda x: x[0], batch_ABT)
@@ -257,7 +263,9 @@ def fit(
             if stop or (done % options.checkpoint_every == 0 and done < cut.steps):
                 checkpoints.save(done, state)
             if stop:
-                raise Stopped(f"{name}: stopped and saved at step {done}; run again to go on")
+                raise processes.Stopped(
+                    f"{name}: stopped and saved at step {done}; run again to go on"
+                )
         bar.close()
         checkpoints.close()
     return state.params
