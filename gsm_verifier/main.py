@@ -15,20 +15,15 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: what to run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes it.")
-_STAGES = flags.DEFINE_list(
-    "stages",
-    None,
-    "Stages to run, by commas: prepare, pretrain, finetune, sample, label, verify, score, rank, "
-    "report. Default: all.",
-)
+_STAGES = flags.DEFINE_list("stages", None, "Stages to run, by commas, instead of all.")
+_PLAN = flags.DEFINE_bool("plan", False, "Run nothing: what would fit, and how long it would take.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "With --plan: a TPU slice, such as v5p:4x4x8.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of many processes, which Cloud TPU, GKE or Slurm tell of each other."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Elsewhere: how many there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Elsewhere: which of them this is, from 0.")
-_PLAN = flags.DEFINE_bool("plan", False, "Run nothing: tell what fits and how long it takes.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "With --plan: a TPU slice, such as v5e:4x4.")
 
 
 def main(argv: list[str]) -> None:
@@ -39,11 +34,11 @@ def main(argv: list[str]) -> None:
     import jax
 
     from gsm_verifier import pipeline, plan, processes
+    from gsm_verifier.stages import STAGES
+    from gsm_verifier.train.loop import Stopped
 
     config = _CONFIG.value
     try:
-        if not _PLAN.value and not _WORKDIR.value:
-            raise ValueError("--workdir is missing: give a folder for the run")
         if "://" in (_WORKDIR.value or ""):
             raise ValueError(f"--workdir={_WORKDIR.value}: a folder is wanted; mount the bucket")
         if jax.config.jax_platforms in (None, "", "cpu"):
@@ -53,21 +48,24 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        processes.meet(_DISTRIBUTED.value, *told)
+        if _DISTRIBUTED.value or told != (None, None, None):
+            processes.meet(*told)
         if _PLAN.value:
-            print(plan.table(config, _TOPOLOGY.value))
+            print(plan.report(config, _TOPOLOGY.value))
             return
-        names = _STAGES.value or list(pipeline.STAGES)
-        pipeline.run_stages(config, Path(_WORKDIR.value), names)
+        pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise
         sys.exit(f"gsm_verifier: {error}")
-    except processes.Stopped as stopped:
+    except Stopped as stopped:
         print(f"gsm_verifier: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # as if it had killed the process, so that it is run again
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "plan"], lambda x: x["workdir"] or x["plan"], "--workdir is missing"
+    )
     app.run(main)

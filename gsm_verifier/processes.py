@@ -15,12 +15,12 @@ from jax.experimental import multihost_utils
 DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
 
 
-def meet(distributed: bool, coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Join the other processes, if there are any; before anything asks for a device.
+def meet(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Join the other processes; before anything asks for a device.
 
     Args:
-      distributed: there are, and Cloud TPU, GKE or Slurm tell what isn't given.
-      coordinator: host:port of process 0. count: how many there are. index: which this one is.
+      coordinator: host:port of process 0. count: how many there are. index: which this one is. All
+        None on Cloud TPU, GKE and Slurm, which tell.
 
     Raises:
       ValueError: some are given and some are not; or none, where nothing tells.
@@ -28,8 +28,6 @@ def meet(distributed: bool, coordinator: str | None, count: int | None, index: i
     told = (coordinator, count, index)
     if told.count(None) in (1, 2):
         raise ValueError("--coordinator, --processes and --process go together")
-    if not distributed and None in told:
-        return
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `Termination`'s
     try:
         jax.distributed.initialize(
@@ -55,10 +53,6 @@ def largest(*numbers: int) -> list[int]:
     if jax.process_count() == 1:
         return list(numbers)
     return multihost_utils.process_allgather(np.asarray(numbers, np.int32)).max(0).tolist()
-
-
-class Stopped(Exception):
-    """The run was asked to end, and has saved what it needs to go on."""
 
 
 class Termination:

@@ -144,7 +144,7 @@ from gsm_verifier import processes, sharding
 
 jax.config.update("jax_num_cpu_devices", 2)
 told = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
-processes.meet(False, told["coordinator"], int(told["processes"]), int(told["process"]))
+processes.meet(told["coordinator"], int(told["processes"]), int(told["process"]))
 me = jax.process_index()
 assert processes.first() == (me == 0)
 assert processes.largest(me, 5 - me) == [1, 5]

@@ -22,6 +22,10 @@ from gsm_verifier.train.batch import Batch
 from gsm_verifier.train.losses import Objective
 
 
+class Stopped(Exception):
+    """Training was asked to end, and has saved a checkpoint to go on from."""
+
+
 class TrainState(NamedTuple):
     """Everything that changes in training, all on the mesh."""
 
@@ -190,7 +194,7 @@ def fit(
       log: a `gsm_verifier.metrics.Metrics`.
 
     Raises:
-      processes.Stopped: SIGTERM came, to any of the processes; all saved the same step.
+      Stopped: SIGTERM came, to any of the processes; all saved the same step.
       FloatingPointError: the loss stopped being finite, naming the step.
     """
     rows = PackedRows(trees, options.row_tokens, options.epochs, seed)
@@ -263,9 +267,7 @@ def fit(
             if stop or (done % options.checkpoint_every == 0 and done < cut.steps):
                 checkpoints.save(done, state)
             if stop:
-                raise processes.Stopped(
-                    f"{name}: stopped and saved at step {done}; run again to go on"
-                )
+                raise Stopped(f"{name}: stopped and saved at step {done}; run again to go on")
         bar.close()
         checkpoints.close()
     return state.params
