@@ -18,9 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning re
 _STAGES = flags.DEFINE_list("stages", None, "Stages to run, by commas, instead of all.")
 _PLAN = flags.DEFINE_bool("plan", False, "Run nothing: what would fit, and how long it would take.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "With --plan: a TPU slice, such as v5p:4x4x8.")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One of many processes, which Cloud TPU, GKE or Slurm tell of each other."
-)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Of many processes, told by the platform.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Elsewhere: how many there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Elsewhere: which of them this is, from 0.")
@@ -50,10 +48,10 @@ def main(argv: list[str]) -> None:
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         if _DISTRIBUTED.value or told != (None, None, None):
             processes.meet(*told)
-        if _PLAN.value:
-            print(plan.report(config, _TOPOLOGY.value))
-            return
-        pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
+        for line in plan.lines(config, _TOPOLOGY.value) if _PLAN.value else ():
+            print(line, flush=True)
+        if not _PLAN.value:
+            pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise

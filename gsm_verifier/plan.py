@@ -1,22 +1,27 @@
 """What a run needs, before anything is paid for: every stage's real programs, compiled, not run.
 
-    python -m gsm_verifier.main --config=configs/paper/scale.py:6b --plan --topology=v5e:8x8
+    python -m gsm_verifier.main --config=configs/paper/scale.py:6b --plan --topology=v5p:2x2x4
 
-XLA's own compiler for the TPU, which `libtpu` brings to any machine, compiles the programs the
-stages call, for a slice nobody needs to own: whether they fit is its word. What they compute is
-counted in their jaxprs, what they move in their HLO. Times are best cases: the slowest of
-computing, reading memory and sending to other chips, each at the chip's full rate and all at once.
+XLA's own compiler for the TPU, which `libtpu` brings to any machine, compiles the programs that
+the stages call, for a slice nobody needs to own: whether they fit is its word. What they compute,
+move and send is read off its result (`gsm_verifier.hlo`). Times are best cases: the slowest of
+computing, reading memory and sending to other chips, each at the chip's full rate, all at once and
+with every slot and row in use. `--topology=v5p`, without a shape, looks for the smallest slice and
+the mesh on which all programs fit.
 """
 
+import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gsm_verifier import checkpoint, hlo, score, sharding
@@ -27,34 +32,42 @@ from gsm_verifier.model import hf, transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Transformer
 from gsm_verifier.sample import decode, engine
+from gsm_verifier.stages import SYNTHETIC_SIZES, Run
 from gsm_verifier.train import loop
 from gsm_verifier.train.batch import Batch
 from gsm_verifier.train.losses import Objective
 
-# GSM8K: problems, and their mean lengths in GPT-2's tokens.
-TRAIN, TEST = 7473, 1319
-QUESTION, SOLUTION = 56, 97  # with the end-of-text token
-LONGEST_QUESTION = 256
-DOCUMENT = 100
+# GSM8K: its problems, and their lengths in GPT-2's tokens: the mean question and solution, each
+# with the token that ends it, and the longest question. A generated document is taken for both.
+SIZES = {"train": 7473, "test": 1319}
+QUESTION, SOLUTION, LONGEST = 56, 96, 214
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip does at best: bytes of memory, bfloat16 FLOP/s, bytes/s of memory and links."""
+    """A kind of chip, at best, and the slices it comes in, by growing size.
 
-    name: str
+    Attributes:
+      memory: bytes. flops: of bfloat16 a second. bandwidth: bytes of memory a second.
+      links: bytes it sends a second through all its links at once.
+    """
+
+    kind: str  # JAX's name
     memory: float
     flops: float
     bandwidth: float
     links: float
+    slices: str
 
 
-GIB = 2**30
-CHIPS = {  # by JAX's name; Cloud TPU's documentation
-    "TPU v4": Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9),
-    "TPU v5 lite": Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9),
-    "TPU v5": Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9),
-    "TPU v6 lite": Chip("v6e", 32 * GIB, 918e12, 1640e9, 448e9),
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_DEEP = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
+CHIPS = {  # Cloud TPU's documentation
+    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9, 300e9, _DEEP),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, 197e12, 819e9, 200e9, _FLAT),
+    "v5p": Chip("TPU v5", 95 * GIB, 459e12, 2765e9, 600e9, _DEEP),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 918e12, 1640e9, 400e9, _FLAT),
 }
 
 
@@ -63,18 +76,19 @@ class Program:
     """A jitted function of a stage and the shapes it is called with.
 
     Attributes:
-      unit, serves: of what and how many one run works on.
+      serves: how many tokens, or prompts of a prefill, one run works on.
       key: programs of one key are compiled once.
       useful: FLOPs of the model in one run: 2 a parameter and token, 6 with the backward pass.
+      steps: of a loop that only its data end.
     """
 
     what: str
-    unit: str
     serves: int
     key: tuple[Any, ...]
     jitted: Any
     arguments: tuple[Any, ...]
     useful: float
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,105 +96,79 @@ class Cost:
     """One run of a compiled program, on each of the devices.
 
     Attributes:
-      memory: bytes it needs, arguments included. fits: whether the compiler found room for it.
-      flops: multiplications and additions of matrix products. traffic: bytes moved.
+      memory: bytes it needs, arguments included. work: None where the compiler found no room.
     """
 
     memory: float
-    fits: bool
-    flops: float
-    traffic: hlo.Traffic | None
+    work: hlo.Work | None
 
-    def seconds(self, chip: Chip) -> dict[str, float]:
-        """Best-case times of what can limit it."""
-        if self.traffic is None:
-            return {"-": math.nan}
-        return {
-            "compute": self.flops / chip.flops,
-            "memory": self.traffic.hbm / chip.bandwidth,
-            "links": self.traffic.collectives.total() / chip.links,
+    def limit(self, chip: Chip) -> tuple[str, float]:
+        """What limits it, and the seconds that takes at best."""
+        if not self.work:
+            return "", math.nan
+        seconds = {
+            "compute": self.work.flops / chip.flops,
+            "memory": self.work.hbm / chip.bandwidth,
+            "links": self.work.sent.total() / chip.links,
         }
+        return max(seconds.items(), key=lambda item: item[1])
 
 
-def devices_of(topology: str) -> list[Any]:
-    """The devices of a TPU slice, such as "v5e:4x4"; none is needed.
+def slice_devices(topology: str) -> list[Any]:
+    """The devices of a TPU slice, such as "v5e:4x4", which nobody needs to own.
 
     Raises:
-      ValueError: libtpu isn't installed, or there is no such slice.
+      ValueError: there is no such slice, or libtpu, which knows, isn't installed.
     """
     from jax.experimental import topologies
 
+    if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+(x\d+)?", topology):
+        kinds = ", ".join(f"{kind}:{chip.slices.split()[3]}" for kind, chip in CHIPS.items())
+        raise ValueError(f"--topology={topology}: use {kinds} or their like, or the kind alone")
+    if not importlib.util.find_spec("libtpu"):
+        raise ValueError("--topology needs libtpu: pip install 'gsm_verifier[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU's host
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        if "INVALID_ARGUMENT" in str(error):
-            known = "v4:2x2x2, v5e:4x4, v5p:4x4x8, v6e:8x8 and their like"
-            told = str(error).splitlines()[0]
-            raise ValueError(f"--topology={topology}: use {known} ({told})") from error
-        raise ValueError(
-            f"--topology={topology} needs libtpu: pip install 'gsm_verifier[tpu]'"
-        ) from error
+        told = str(error).splitlines()[0]
+        known = CHIPS[topology.split(":")[0]].slices
+        raise ValueError(f"--topology={topology}: no such slice; use one of {known}") from (
+            ValueError(told)
+        )
 
 
-def flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products of a jaxpr on all devices; a `while` body counts once."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            ((contracted, _), _) = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            length = math.prod(shape[axis] for axis in contracted)
-            total += 2 * length * equation.outvars[0].aval.size
-            continue
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "shard_map":
-            times = equation.params["mesh"].size
-        total += times * sum(map(flops, _inside(equation.params.values())))
-    return total
-
-
-def _inside(values: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _inside(value)
-        elif hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
-
-
-def compile_(program: Program, mesh: jax.sharding.Mesh) -> Cost:
+def compile_(program: Program, mesh: Mesh) -> Cost:
     """Compile a program for the devices of a mesh."""
     with jax.set_mesh(mesh):
-        traced = program.jitted.trace(*program.arguments)
-        computed = flops(traced.jaxpr.jaxpr) / mesh.size
+        lowered = program.jitted.lower(*program.arguments)
         try:
-            compiled = traced.lower().compile()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
             if not used:
                 raise
-            size = float(used.group(1)) * 1024 ** " KMGT".index(used.group(2))
-            return Cost(size, False, computed, None)
+            return Cost(float(used.group(1)) * 1024 ** " KMGT".index(used.group(2)), None)
     m = compiled.memory_analysis()
     memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     memory += m.temp_size_in_bytes + m.generated_code_size_in_bytes
-    return Cost(memory, True, computed, hlo.traffic(compiled.as_text()))
+    return Cost(memory, hlo.work(compiled.as_text(), program.steps))
 
 
 class Programs:
     """The programs of a config's stages on a mesh."""
 
-    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh):
+    def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        keys = config.model
-        if keys.pretrained:
-            found = hf.read_config(hf.resolve(keys.pretrained))
-            self._model = found.with_(dtype=keys.dtype, remat=keys.remat)
-        else:
-            self._model = model_config.from_keys(keys, config.text.vocab_size)
+        self._model = model_of(config)
+
+    def _rows(self, wanted: int) -> int:
+        """`wanted` rows, or as many as make them equally many for every device."""
+        devices = sharding.row_devices(self._mesh)
+        return math.ceil(wanted / devices) * devices
+
+    def _array(self, letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(self._mesh, letters))
 
     def _parameters(self, model: ModelConfig, cast: bool = False) -> Any:
         def one(x: Any) -> jax.ShapeDtypeStruct:
@@ -191,11 +179,7 @@ class Programs:
         return checkpoint.abstract(shapes, transformer.shardings(model, self._mesh))
 
     def _batch(self, A: int, B: int, T: int) -> Batch:
-        where = sharding.named(self._mesh, "ABT")
-        fields = {
-            name: jax.ShapeDtypeStruct((A, B, T), np.dtype(dtype), sharding=where)
-            for name, dtype in FIELDS.items()
-        }
+        fields = {name: self._array("ABT", dtype, A, B, T) for name, dtype in FIELDS.items()}
         return Batch.of(fields)  # type: ignore[arg-type]
 
     def train(self, stage: str) -> Program:
@@ -208,7 +192,6 @@ class Programs:
         A, B, T = cut.accumulate, cut.rows, options.row_tokens
         return Program(
             what="step",
-            unit="token",
             serves=A * B * T,
             key=("train", A, B, T, options.dropout > 0, options.clip_norm > 0),
             jitted=loop.jit_step(net, Objective(), tx, self._config.seed, where),
@@ -217,146 +200,230 @@ class Programs:
         )
 
     def sample(self) -> tuple[Program, Program]:
-        """A prefill of some prompts, and one step of all slots."""
+        """A prefill of some prompts, and a chunk of steps of all slots."""
         options, mesh = self._config.sample, self._mesh
         model = self._model.with_(scan_layers=False)
-        devices = sharding.row_devices(mesh)
-        P, C = math.ceil(options.prompts / devices) * devices, options.slots
-        S = math.ceil(LONGEST_QUESTION / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
+        P, C = self._rows(options.prompts), options.slots
+        S = math.ceil(LONGEST / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
         B = engine.prefill_rows(P, mesh)
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
         prefill, advance = engine.programs(model, mesh, sampling)
         params = self._parameters(model, cast=True)
         slots = decode.slot_shapes(model, mesh, P, C, S, options.max_tokens)
-
-        def array(letters: str, *shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
-
         orders = jax.tree.map(
-            lambda x: array("PC" + "S" * (x.ndim - 2), *x.shape, dtype=x.dtype),
+            lambda x: self._array("PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
             decode.no_orders(P, C),
         )
-        grammar = jax.ShapeDtypeStruct(
-            (model.vocab_size, engine.GRAMMAR), np.int32, sharding=sharding.named(mesh, ())
-        )
-        head = model.vocab_size * model.width
+        prompts = (("BT", B, S), ("B", B), ("B", B))
+        prompts = tuple(self._array(letters, np.int32, *shape) for letters, *shape in prompts)
+        grammar = self._array("", np.int32, model.vocab_size, engine.GRAMMAR)
+        per_token = 2 * (model.parameters + model.vocab_size * model.width)
         return (
             Program(
-                what="prefill",
-                unit="prompt",
+                what=f"prefill of {B} prompts",
                 serves=B,
                 key=("prefill",),
                 jitted=prefill,
-                arguments=(params, slots, array("BT", B, S), array("B", B), array("B", B)),
+                arguments=(params, slots, *prompts),
                 useful=2 * B * S * model.parameters,
             ),
             Program(
-                what="decode",
-                unit="token",
-                serves=P * C,
+                what=f"{sampling.chunk} steps of {P * C} slots",
+                serves=P * C * sampling.chunk,
                 key=("decode",),
                 jitted=advance,
                 arguments=(params, slots, orders, grammar),
-                useful=2 * P * C * (model.parameters + head),
+                useful=P * C * sampling.chunk * per_token,
+                steps=sampling.chunk,
             ),
         )
 
     def score(self) -> Program:
         """The values of a batch."""
-        options, model = self._config.score, self._model
-        devices = sharding.row_devices(self._mesh)
-        B, T = math.ceil(options.rows / devices) * devices, options.row_tokens
+        B, T = self._rows(self._config.score.rows), self._config.score.row_tokens
         return Program(
-            what="values",
-            unit="token",
+            what=f"values of {B} rows",
             serves=B * T,
             key=("score",),
-            jitted=score.program(model, self._mesh, self._config.verify.squash),
-            arguments=(self._parameters(model), self._batch(1, B, T)),
-            useful=2 * B * T * model.parameters,
+            jitted=score.program(self._model, self._mesh, self._config.verify.squash),
+            arguments=(self._parameters(self._model), self._batch(1, B, T)),
+            useful=2 * B * T * self._model.parameters,
         )
 
     def work(self) -> list[tuple[str, Program, float]]:
-        """(stage, program, how many of its units the stage has), of problems as long as GSM8K's."""
+        """(stage, program, how much of what it serves the stage has), problems being as GSM8K's."""
         config = self._config
-        train, test = config.data.train_size or TRAIN, config.data.test_size or TEST
-        n, m = config.sample.completions, config.sample.test_completions
-        sampled = min(config.sample.train_problems or train, train)
+        options, sizes = config.sample, _sizes(config)
         prefill, decoded = self.sample()
-        trees = math.ceil(n / config.verify.branches)
-        gold = SOLUTION if config.verify.objective == "joint" else 0
-        judged = trees * (QUESTION + gold) + n * (SOLUTION + 1)
-        found = [
-            ("pretrain", "pretrain", config.pretrain.generated * DOCUMENT),
-            ("finetune", "finetune", train * (QUESTION + SOLUTION)),
-            ("finetune, baseline", "baseline", train * (QUESTION + SOLUTION)),
+        sampled = min(options.train_problems or sizes["train"], sizes["train"])
+        n, m = options.completions, options.test_completions
+        completions = sampled * n + sizes["heldout"] * options.heldout_completions
+        prompts = sampled + sizes["heldout"] * (options.heldout_completions > 0)
+        # A branch repeats the last token of its question.
+        each = min(n, config.verify.completions or n)
+        gold = SOLUTION + 1 if config.verify.objective == "joint" else 0
+        trees = math.ceil(each / config.verify.branches)
+        if config.verify.mix == "paper":
+            language = each * (QUESTION + gold) if gold else 0
+        else:
+            language = trees * gold
+        judged = trees * QUESTION + each * (SOLUTION + 1) + language
+        one = QUESTION + SOLUTION
+        tokens = {
+            "pretrain": config.pretrain.generated * one,
+            "finetune": sizes["train"] * one,
+            "baseline": sizes["train"] * one,
+            "verify": sampled * judged,
+        }
+        trained = {
+            stage: [(stage, self.train(stage), config[stage].epochs * amount)]
+            for stage, amount in tokens.items()
+            if config[stage].epochs
+        }
+        sample = [("sample", prefill, prompts), ("sample", decoded, completions * SOLUTION)]
+        test = sizes["test"]
+        scored = [
+            ("score", prefill, 2 * test),  # the greedy answers' too
+            ("score", decoded, test * (m + 1) * SOLUTION),
+            ("score", self.score(), test * (QUESTION + m * (SOLUTION + 1))),
         ]
-        work = [
-            (name, self.train(key), config[key].epochs * tokens)
-            for name, key, tokens in found
-            if config[key].epochs
+        before = [
+            x for stage in ("pretrain", "finetune", "baseline") for x in trained.get(stage, [])
         ]
-        work += [("sample", prefill, sampled), ("sample", decoded, sampled * n * SOLUTION)]
-        work += [("verify", self.train("verify"), config.verify.epochs * sampled * judged)]
-        work += [("score", prefill, 2 * test), ("score", decoded, test * (m + 1) * SOLUTION)]
-        work += [("score", self.score(), test * (QUESTION + m * (SOLUTION + 1)))]
-        return work
+        return [*before, *sample, *trained.get("verify", []), *scored]
+
+
+def model_of(config: ConfigDict) -> ModelConfig:
+    """The model of a config; where it has no tokenizer yet, of as many tokens as are wanted."""
+    start = Run(config, Path()).start
+    if start:
+        return hf.read_config(start).with_(dtype=config.model.dtype, remat=config.model.remat)
+    return model_config.from_keys(config.model, config.text.vocab_size)
+
+
+def _sizes(config: ConfigDict) -> dict[str, int]:
+    """Problems of every split."""
+    data = config.data
+    known = SYNTHETIC_SIZES if data.source == "synthetic" else SIZES
+    sizes = {
+        "train": data.train_size or known["train"],
+        "heldout": round((data.train_size or known["train"]) * data.heldout_fraction),
+        "test": data.test_size or known["test"],
+    }
+    if data.source == "gsm8k":  # held out of what is there to train on
+        sizes["train"] = data.train_size or SIZES["train"] - sizes["heldout"]
+    return sizes
 
 
 COLUMNS = (
-    "stage", "program", "HBM, GiB a chip", "TFLOP a chip", "GB of HBM", "GB sent", "best ms",
-    "limit", "useful", "runs", "chip-hours",
+    "stage", "program", "GiB a chip", "TFLOP", "GB moved", "GB sent", "ms at best",
+    "limited by", "MFU", "runs", "chip-hours",
 )  # fmt: skip
 
 
-def table(config: ConfigDict, topology: str | None) -> str:
-    """The plan as a Markdown table.
+def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
+    """The plan as a Markdown table, line by line as its programs are compiled.
 
     Args:
-      topology: a TPU slice, such as "v5e:4x4"; None: the devices at hand.
+      topology: a TPU slice, such as "v5e:4x4"; a kind, such as "v5e", for the smallest of its
+        slices that fits; None: the devices at hand.
 
     Raises:
-      ValueError: a nonsensical config, topology or mesh, or devices whose rates aren't known.
+      ValueError: a nonsensical config, topology or mesh, or no slice that fits.
     """
     validate(config)
-    devices = devices_of(topology) if topology else jax.devices()
-    chip = CHIPS.get(devices[0].device_kind)
-    mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES), devices=devices)
-    costs: dict[tuple[Any, ...], Cost] = {}
-    rows = []
-    total = 0.0
+    if topology and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # this machine needn't have what is planned
+    if topology in CHIPS:
+        topology, mesh, costs = _smallest(config, topology)
+    else:
+        devices = slice_devices(topology) if topology else jax.devices()
+        sizes = [config.mesh[axis] for axis in sharding.AXES]
+        mesh, costs = sharding.make_mesh(*sizes, devices=devices), {}
+    kind = mesh.devices.flat[0].device_kind
+    chip = next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+    place = f"{topology}, {mesh.size} chips" if topology else f"{mesh.size} x {kind}"
+    yield f"{place}: {_axes(mesh)}"
+    yield ""
+    yield from (f"| {' | '.join(x)} |" for x in (COLUMNS, ["---"] * len(COLUMNS)))
+    hours: dict[str, float] = {}
     for stage, program, amount in Programs(config, mesh).work():
         if program.key not in costs:
             costs[program.key] = compile_(program, mesh)
-        row, hours = _row(stage, program, amount, costs[program.key], chip, len(devices))
-        rows.append(row)
-        total += hours
-    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    kind = f"{topology}, {len(devices)} chips" if topology else f"{len(devices)} devices at hand"
-    lines = [f"{kind}: {sizes}", ""]
-    lines += ["| " + " | ".join(x) + " |" for x in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    return "\n".join([*lines, "", f"chip-hours in all, at best: {_number(total)}"])
+        row, spent = _row(stage, program, amount, costs[program.key], chip, mesh.size)
+        hours[stage] = hours.get(stage, 0) + spent
+        yield f"| {' | '.join(row)} |"
+    yield ""
+    if chip:
+        each = ", ".join(f"{stage} {_number(spent)}" for stage, spent in hours.items())
+        yield f"Chip-hours at best: {each}; in all {_number(sum(hours.values()))}."
+    else:
+        yield f"No times: the rates of a {kind} aren't known."
+    if not all(cost.work for cost in costs.values()):
+        yield f"It doesn't fit. --topology={topology.split(':')[0]} finds the smallest slice."
+
+
+def _axes(mesh: Mesh) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+
+def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, dict[tuple[Any, ...], Cost]]:
+    """The smallest slice, its mesh that needs `tensor` least, and the costs of the programs there.
+
+    Raises:
+      ValueError: no slice of this kind is large enough.
+    """
+    model, chip = model_of(config), CHIPS[kind]
+    state = 16 * (model.parameters + model.vocab_size * model.width)  # with Adam and gradients
+    for shape in chip.slices.split():
+        size = math.prod(map(int, shape.split("x")))
+        if state / size > chip.memory:
+            continue
+        devices = slice_devices(f"{kind}:{shape}")
+        for tensor in (t for t in (1, 2, 4, 8, 16) if size % t == 0):
+            mesh = sharding.make_mesh(1, -1, tensor, devices=devices)
+            costs = _fitting(config, mesh)
+            if costs:
+                return f"{kind}:{shape}", mesh, costs
+    raise ValueError(f"--topology={kind}: not even {kind}:{shape} is large enough")
+
+
+def _fitting(config: ConfigDict, mesh: Mesh) -> dict[tuple[Any, ...], Cost] | None:
+    """The costs of all programs, if all fit; a mesh that doesn't divide the model doesn't."""
+    costs: dict[tuple[Any, ...], Cost] = {}
+    try:
+        work: Sequence[tuple[str, Program, float]] = Programs(config, mesh).work()
+    except ValueError:
+        return None
+    for _, program, _ in work:
+        if program.key not in costs:
+            costs[program.key] = compile_(program, mesh)
+        if not costs[program.key].work:
+            return None
+    return costs
 
 
 def _row(
     stage: str, program: Program, amount: float, cost: Cost, chip: Chip | None, chips: int
 ) -> tuple[list[str], float]:
+    """The cells of a program, and the chip-hours of its runs."""
     runs = math.ceil(amount / program.serves)
     memory = f"{cost.memory / GIB:.1f}"
     if chip:
-        memory += f" of {chip.memory / GIB:.0f}" + ("" if cost.fits else ": TOO MUCH")
-    moved = ["", ""]
-    if cost.traffic:
-        kinds = [f"{kind} {_number(n / 1e9)}" for kind, n in cost.traffic.collectives.items() if n]
-        moved = [_number(cost.traffic.hbm / 1e9), ", ".join(kinds) or "0"]
-    timed, hours = ["", "", ""], math.nan
-    if chip:
-        limit, seconds = max(cost.seconds(chip).items(), key=lambda item: item[1])
+        memory += f" of {chip.memory / GIB:.0f}: {'fits' if cost.work else 'TOO MUCH'}"
+    done = [""] * 3
+    if cost.work:
+        kinds = sorted(cost.work.sent.items(), key=lambda item: -item[1])
+        sent = ", ".join(f"{kind} {_number(n / 1e9)}" for kind, n in kinds if n)
+        done = [_number(cost.work.flops / 1e12), _number(cost.work.hbm / 1e9), sent or "0"]
+    timed, hours = [""] * 3, math.nan
+    if chip and cost.work:
+        limit, seconds = cost.limit(chip)
         hours = runs * seconds * chips / 3600
         useful = program.useful / (seconds * chips * chip.flops)
         timed = [_number(1e3 * seconds), limit, f"{useful:.0%}"]
-    row = [stage, program.what, memory, _number(cost.flops / 1e12), *moved, *timed]
-    return [*row, f"{runs:,}", _number(hours)], hours
+    row = [stage, program.what, memory, *done, *timed, f"{runs:,}", _number(hours)]
+    return row, hours
 
 
 def _number(x: float) -> str:

@@ -13,14 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A room imports itself and rooms on lower floors.
 FLOORS: list[set[str]] = [
-    {"records", "text", "config", "statistics", "metrics", "provenance", "processes"},
+    {"records", "text", "config", "statistics", "metrics", "provenance", "processes", "hlo"},
     {"data", "sharding", "rank"},
     {"checkpoint"},
     {"model"},
     {"train", "sample", "report"},
     {"score"},  # values are computed on training's Batch
     {"stages"},
-    {"pipeline"},
+    {"pipeline", "plan"},
     {"main", "api", "export"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
