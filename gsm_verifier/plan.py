@@ -128,12 +128,14 @@ def slice_devices(topology: str) -> list[Any]:
     if not importlib.util.find_spec("libtpu"):
         raise ValueError("--topology needs libtpu: pip install 'gsm_verifier[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU's host
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched
     try:
         if shape.count("x") != known.split()[0].count("x"):
             raise ValueError("another number of dimensions")
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"--topology={topology}: no such slice; use one of {known}") from error
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"--topology={topology}: use one of {known} ({told})") from error
 
 
 def compile_(program: Program, mesh: Mesh) -> Cost:
