@@ -1,0 +1,261 @@
+"""The plan: counts against counts by hand, every stage on the devices at hand, clear refusals."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import MakeMesh
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gsm_verifier import config as config_module
+from gsm_verifier import hlo, plan, sharding
+from gsm_verifier.plan import Programs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+B, T, V = 4, 32, 320  # rows, and V as it is padded
+WIDTH, LAYERS, MLP, HEADS, SIZE = 64, 3, 256, 4, 16
+
+
+def tiny(**changes: Any) -> ConfigDict:
+    config = config_module.default()
+    config.text.vocab_size = V - 20
+    config.model.update(layers=LAYERS, width=WIDTH, heads=HEADS, kv_heads=HEADS, head_size=SIZE)
+    config.model.update(mlp_width=MLP)
+    for stage in ("pretrain", "finetune", "baseline", "verify"):
+        config[stage].update(row_tokens=T, microbatch_rows=B, batch_tokens=2 * B * T)
+    config.score.update(row_tokens=T, rows=B)
+    config.sample.update(prompts=2, slots=4, max_tokens=16, chunk_steps=5)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def counted(function: Any, *arguments: Any, steps: int = 1) -> hlo.Work:
+    return hlo.work(jax.jit(function).lower(*arguments).compile().as_text(), steps)
+
+
+def test_products_in_loops_count_as_often_as_they_run() -> None:
+    def layers(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    x, w = jnp.zeros((128, 64)), jnp.zeros((7, 64, 64))
+    assert counted(layers, x, w).flops == 7 * 2 * 128 * 64 * 64
+
+    def twice(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 2, lambda _, x: layers(x, w), x)
+
+    assert counted(twice, x, w).flops == 2 * 7 * 2 * 128 * 64 * 64
+
+
+def test_a_loop_that_its_data_end_counts_as_often_as_one_says() -> None:
+    def until(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
+
+    x, w = jnp.zeros((8, 64)), jnp.zeros((64, 64))
+    assert counted(until, x, w, steps=5).flops == 5 * 2 * 8 * 64 * 64
+
+
+def test_memory_is_what_is_read_and_written() -> None:
+    read = counted(lambda x: x.sum(), jnp.zeros((1 << 20,))).hbm
+    assert read == pytest.approx(4 << 20, rel=0.01)
+    # A slice of a table is read, not the table.
+    table, at = jnp.zeros((64, 1 << 14)), jnp.zeros((), int)
+    row = counted(lambda x, at: jax.lax.dynamic_index_in_dim(x, at, 0) * 2, table, at).hbm
+    assert row < 4 * (4 << 14)
+
+
+def test_collectives_count_what_a_ring_sends(make_mesh: MakeMesh) -> None:
+    mesh = make_mesh(data=4, tensor=2)
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding.named(mesh, "BV"))
+    w = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=sharding.named(mesh, ("V", None)))
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x @ w, sharding.named(mesh, ("B", None)))
+
+    with jax.set_mesh(mesh):
+        got = counted(product, x, w)
+    assert got.flops == 2 * 64 * 32 * 16 / 8
+    assert dict(got.sent) == {"all-reduce": 2 * (2 - 1) / 2 * (64 / 4) * 16 * 4}
+
+
+# How a TPU's compiler writes a scan of 12 matrix products, shortened: the product is a convolution,
+# batched over its space, the loop says no number, and one collective goes on beside two pieces.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%piece (p.1: bf16[8,64]) -> bf16[32,64] {
+  %p.1 = bf16[8,64]{1,0:T(8,128)} parameter(0)
+  ROOT %ag.1 = bf16[32,64]{1,0} all-gather(%p.1), channel_id=3, replica_groups=mesh['x'=2,'y'=4] {'y'}
+}
+
+%same (p.2: bf16[8,64]) -> bf16[32,64] {
+  %p.2 = bf16[8,64]{1,0:T(8,128)} parameter(0)
+  ROOT %ag.2 = bf16[32,64]{1,0} all-gather(%p.2), channel_id=3, replica_groups=mesh['x'=2,'y'=4] {'y'}
+}
+
+%body (carry.1: (s32[], f32[8,4,16,32], bf16[8,64])) -> (s32[], f32[8,4,16,32], bf16[8,64]) {
+  %carry.1 = (s32[]{:T(128)}, f32[8,4,16,32]{3,2,1,0}, bf16[8,64]{1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  %x.1 = f32[8,4,16,32]{3,2,1,0} get-tuple-element(%carry.1), index=1
+  %w.1 = bf16[8,64]{1,0} get-tuple-element(%carry.1), index=2
+  %first = bf16[32,64]{1,0:S(1)} fusion(%w.1), kind=kCustom, calls=%piece
+  %second = bf16[32,64]{1,0:S(1)} fusion(%w.1), kind=kCustom, calls=%same
+  %y.1 = f32[8,4,16,32]{3,2,1,0} convolution(%x.1, %x.1), window={size=8x4 stride=7x3 lhs_dilate=8x4}, dim_labels=01bf_01io->01bf
+  ROOT %next = (s32[], f32[8,4,16,32], bf16[8,64]) tuple(%i.1, %y.1, %w.1)
+}
+
+%condition (carry.2: (s32[], f32[8,4,16,32], bf16[8,64])) -> pred[] {
+  %carry.2 = (s32[]{:T(128)}, f32[8,4,16,32]{3,2,1,0}, bf16[8,64]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(12)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%carry.2), index=0
+  ROOT %more = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8,4,16,32], b: bf16[8,64]) -> f32[8,4,16,32] {
+  %a = f32[8,4,16,32]{3,2,1,0} parameter(0)
+  %b = bf16[8,64]{1,0} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[], f32[8,4,16,32], bf16[8,64]) tuple(%zero, %a, %b)
+  %loop = (s32[], f32[8,4,16,32], bf16[8,64]) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[8,4,16,32]{3,2,1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_what_a_tpus_compiler_writes() -> None:
+    got = hlo.work(TPU)
+    assert got.flops == 12 * 2 * (8 * 4) * 16 * 16 * 32
+    assert dict(got.sent) == {"all-gather": 12 * 3 * 8 * 64 * 2}
+    big = 8 * 4 * 16 * 32 * 4
+    assert got.hbm == 12 * 3 * big  # read twice, written once; what is gathered stays on the chip
+
+
+def dense(tokens: int) -> int:
+    """FLOPs of the layers' matrices, forward, written out."""
+    attention = 4 * WIDTH * HEADS * SIZE
+    return 2 * tokens * LAYERS * (attention + 2 * WIDTH * MLP)
+
+
+def attention(tokens: int) -> int:
+    """FLOPs of the two products with all keys of a row, forward; a row is one block."""
+    return 2 * 2 * tokens * LAYERS * HEADS * SIZE * T
+
+
+def test_every_program_does_what_was_counted_by_hand(mesh: Mesh) -> None:
+    programs = Programs(tiny(), mesh)
+    score = plan.compile_(programs.score(), mesh)
+    assert score.work.flops == pytest.approx(dense(B * T) + attention(B * T), rel=0.01)
+
+    step = plan.compile_(programs.train("finetune"), mesh)
+    tokens, logits = 2 * B * T, 2 * 2 * B * T * WIDTH * V  # of 2 microbatches
+    least = 3 * dense(tokens) + 4 * logits + 3 * attention(tokens)  # logits are computed anew
+    assert least * 0.99 <= step.work.flops <= (least + attention(tokens)) * 1.01
+    parameters = 4 * (programs.score().useful / (2 * B * T) + WIDTH * (V + 1024))
+    assert 3 * parameters < step.memory < 12 * parameters  # Adam's moments, gradients, activations
+
+    prefill, decoded = (plan.compile_(p, mesh) for p in programs.sample())
+    slots, S, W = 2 * 4, 224, 16
+    kv = LAYERS * 4 * HEADS * SIZE * slots * (S + W)
+    head = 2 * slots * WIDTH * V
+    assert decoded.work.flops == pytest.approx(5 * (dense(slots) + head + kv), rel=0.01)
+    assert prefill.work.flops > dense(2 * S)
+
+
+def test_what_devices_share_they_halve(make_mesh: MakeMesh) -> None:
+    one, more = make_mesh(), make_mesh(fsdp=2, tensor=2)
+    for kind in ("train", "score"):
+        programs = [Programs(tiny(), mesh) for mesh in (one, more)]
+        made = [p.score() if kind == "score" else p.train("finetune") for p in programs]
+        alone, shared = (plan.compile_(p, m) for p, m in zip(made, (one, more), strict=True))
+        assert shared.work.flops == pytest.approx(alone.work.flops / 4, rel=0.02)
+        assert not alone.work.sent.total()
+        assert shared.work.sent.total() > 0
+
+
+def test_a_plan_of_the_devices_at_hand() -> None:
+    found = list(plan.lines(tiny(**{"mesh.fsdp": 2, "mesh.tensor": 2}), None))
+    assert found[0] == "8 x cpu: data=2 fsdp=2 tensor=2"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[4:] if "|" in line]
+    assert all(len(row) == len(plan.COLUMNS) for row in rows)
+    stages = ["finetune", "baseline", "sample", "sample", "verify", "score", "score", "score"]
+    assert [row[0] for row in rows] == stages
+    finetune, baseline = rows[:2]
+    assert finetune[2:-2] == baseline[2:-2]  # compiled once
+    heldout = round(7473 * 0.02)
+    tokens = (7473 - heldout) * (plan.QUESTION + plan.SOLUTION)
+    assert finetune[-2] == f"{-(-2 * tokens // (2 * B * T)):,}"
+    assert found[-1] == "No times: the rates of a cpu aren't known."
+
+
+def test_times_are_those_of_the_slowest() -> None:
+    chip = plan.CHIPS["v5e"]
+    work = hlo.Work(flops=197e12, hbm=2 * 819e9)
+    work.sent["all-gather"] = 100e9
+    limit, seconds = plan.Cost(1.0, work).limit(chip)
+    assert (limit, seconds) == ("memory", pytest.approx(2.0))
+    program = plan.Program("step", 100, (), None, (), useful=4 * 197e12)
+    row, hours = plan._row("finetune", program, 1001, plan.Cost(2**30, work), chip, 4)
+    assert hours == pytest.approx(11 * 2 * 4 / 3600)
+    assert row[2] == "1.0 of 16: fits"
+    assert row[-3:] == ["50%", "11", "0.0244"]
+
+
+def test_the_verifiers_tokens_are_the_packers() -> None:
+    """Of trees as `verifier_trees` makes them: every branch repeats its question's last token."""
+    from gsm_verifier.train.batch import verifier_trees
+
+    config = tiny(**{"data.train_size": 3, "verify.branches": 2, "sample.completions": 5})
+    question, solution = [1] * plan.QUESTION, [2] * plan.SOLUTION
+    for mix in ("weighted", "paper"):
+        config.verify.mix = mix
+        made = verifier_trees(
+            question, solution, [solution] * 5, [True] * 5,
+            level="token", objective="joint", mix=mix, branches=2, capacity=10_000,
+        )  # fmt: skip
+        mesh = sharding.make_mesh(-1, 1, 1)
+        work = Programs(config, mesh).work()
+        (amount,) = (amount for stage, _, amount in work if stage == "verify")
+        assert amount == pytest.approx(3 * sum(tree.length for tree in made), rel=0.02)
+
+
+@pytest.mark.parametrize("topology", ["v5e:", "v9:2x2", "v5p:2x2", "4x4", "v5e:4x4x4"])
+def test_an_unknown_slice_is_one_line(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=r"--topology=.*: use .*v5e|--topology=.*2x2") as raised:
+        plan.slice_devices(topology)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_libtpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs libtpu: pip install 'gsm_verifier\[tpu\]'"):
+        next(plan.lines(tiny(), "v5e:2x2"))
+
+
+def test_the_command_needs_no_workdir() -> None:
+    command = [sys.executable, "-m", "gsm_verifier.main", "--config=configs/quickstart.py"]
+    done = subprocess.run(
+        [*command, "--plan", "--topology=v9:2x2"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("gsm_verifier: --topology=v9:2x2: use v5e")
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode
+    assert "--workdir is missing" in done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu isn't installed")
+def test_a_tpus_compiler_says_the_same() -> None:
+    config = tiny(**{"model.dtype": "bfloat16", "mesh.fsdp": 4})
+    devices = plan.slice_devices("v5e:2x2")
+    mesh = sharding.make_mesh(1, 4, 1, devices=devices)
+    cost = plan.compile_(Programs(config, mesh).score(), mesh)
+    assert cost.work.flops == pytest.approx((dense(B * T) + attention(B * T)) / 4, rel=0.01)
+    assert 0 < cost.memory < 2**30
