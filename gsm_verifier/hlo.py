@@ -147,7 +147,7 @@ def _convolution(x: _Instruction, types: list[str]) -> float:
         k = np.arange(rhs[right.index(place)])[None] * int(of("rhs_dilate", "1"))
         at = o + k - int(of("pad", "0_0").split("_")[0])
         dilate, size = int(of("lhs_dilate", "1")), lhs[left.index(place)]
-        flops *= ((at % dilate == 0) & (at >= 0) & (at // dilate < size)).sum()
+        flops *= int(((at % dilate == 0) & (at >= 0) & (at // dilate < size)).sum())
     return flops
 
 
