@@ -34,12 +34,12 @@ from gsm_verifier.model.transformer import Transformer
 from gsm_verifier.sample import decode, engine
 from gsm_verifier.stages import SYNTHETIC_SIZES, Run
 from gsm_verifier.train import loop
-from gsm_verifier.train.batch import Batch
+from gsm_verifier.train.batch import Batch, verifier_trees
 from gsm_verifier.train.losses import Objective
 
 # GSM8K: its problems, and their lengths in GPT-2's tokens: the mean question and solution, each
 # with the token that ends it, and the longest question. A generated document is taken for both.
-SIZES = {"train": 7473, "test": 1319}
+TRAIN, TEST = 7473, 1319
 QUESTION, SOLUTION, LONGEST = 56, 96, 214
 GIB = 2**30
 
@@ -191,7 +191,7 @@ class Programs:
         net = Transformer(model, dropout=options.dropout)
         A, B, T = cut.accumulate, cut.rows, options.row_tokens
         return Program(
-            what="step",
+            what=f"step of {A * B * T:,} tokens",
             serves=A * B * T,
             key=("train", A, B, T, options.dropout > 0, options.clip_norm > 0),
             jitted=loop.jit_step(net, Objective(), tx, self._config.seed, where),
@@ -203,7 +203,8 @@ class Programs:
         """A prefill of some prompts, and a chunk of steps of all slots."""
         options, mesh = self._config.sample, self._mesh
         model = self._model.with_(scan_layers=False)
-        P, C = self._rows(options.prompts), options.slots
+        C = min(options.slots, options.completions)  # as `stages._engine` has it
+        P = self._rows(options.prompts * options.slots // C)
         S = math.ceil(LONGEST / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
         B = engine.prefill_rows(P, mesh)
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
@@ -251,46 +252,51 @@ class Programs:
         )
 
     def work(self) -> list[tuple[str, Program, float]]:
-        """(stage, program, how much of what it serves the stage has), problems being as GSM8K's."""
-        config = self._config
-        options, sizes = config.sample, _sizes(config)
+        """(stage, program, how much of what it serves the stage has), problems being as GSM8K's.
+
+        Not counted: held-out losses, checkpoints, and what the host does. A verifier of another
+        run's size is counted as one of this run's.
+        """
+        config, sizes = self._config, _sizes(self._config)
+        options, verify = config.sample, config.verify
+        train, test = sizes["train"], sizes["test"]
+        n, m, h = options.completions, options.test_completions, options.heldout_completions
+        sampled = min(options.train_problems or train, train)
+        heldout = sizes["heldout"] if h else 0
         prefill, decoded = self.sample()
-        sampled = min(options.train_problems or sizes["train"], sizes["train"])
-        n, m = options.completions, options.test_completions
-        completions = sampled * n + sizes["heldout"] * options.heldout_completions
-        prompts = sampled + sizes["heldout"] * (options.heldout_completions > 0)
-        # A branch repeats the last token of its question.
-        each = min(n, config.verify.completions or n)
-        gold = SOLUTION + 1 if config.verify.objective == "joint" else 0
-        trees = math.ceil(each / config.verify.branches)
-        if config.verify.mix == "paper":
-            language = each * (QUESTION + gold) if gold else 0
-        else:
-            language = trees * gold
-        judged = trees * QUESTION + each * (SOLUTION + 1) + language
+        question, solution = [0] * QUESTION, [0] * SOLUTION
+        judged = [solution] * min(n, verify.completions or n)
+        trees = verifier_trees(
+            question,
+            solution,
+            judged,
+            [True] * len(judged),
+            level=verify.level,
+            objective=verify.objective,
+            mix=verify.mix,
+            branches=verify.branches,
+            capacity=verify.row_tokens,
+        )
         one = QUESTION + SOLUTION
-        tokens = {
-            "pretrain": config.pretrain.generated * one,
-            "finetune": sizes["train"] * one,
-            "baseline": sizes["train"] * one,
-            "verify": sampled * judged,
-        }
-        trained = {
-            stage: [(stage, self.train(stage), config[stage].epochs * amount)]
-            for stage, amount in tokens.items()
-            if config[stage].epochs
-        }
-        sample = [("sample", prefill, prompts), ("sample", decoded, completions * SOLUTION)]
-        test = sizes["test"]
-        scored = [
+
+        def trained(stage: str, tokens: int) -> list[tuple[str, Program, float]]:
+            epochs = config[stage].epochs
+            return [(stage, self.train(stage), epochs * tokens)] if epochs else []
+
+        sample = [
+            ("sample", prefill, sampled + heldout),
+            ("sample", decoded, (sampled * n + heldout * h) * SOLUTION),
+        ]
+        return [
+            *trained("pretrain", config.pretrain.generated * one),
+            *trained("finetune", train * one),
+            *trained("baseline", train * one),
+            *([] if options.imported else sample),
+            *trained("verify", sampled * sum(tree.length for tree in trees)),
             ("score", prefill, 2 * test),  # the greedy answers' too
             ("score", decoded, test * (m + 1) * SOLUTION),
             ("score", self.score(), test * (QUESTION + m * (SOLUTION + 1))),
         ]
-        before = [
-            x for stage in ("pretrain", "finetune", "baseline") for x in trained.get(stage, [])
-        ]
-        return [*before, *sample, *trained.get("verify", []), *scored]
 
 
 def model_of(config: ConfigDict) -> ModelConfig:
@@ -302,17 +308,15 @@ def model_of(config: ConfigDict) -> ModelConfig:
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:
-    """Problems of every split."""
+    """Problems of every split, as `stages.prepare` makes them."""
     data = config.data
-    known = SYNTHETIC_SIZES if data.source == "synthetic" else SIZES
-    sizes = {
-        "train": data.train_size or known["train"],
-        "heldout": round((data.train_size or known["train"]) * data.heldout_fraction),
-        "test": data.test_size or known["test"],
-    }
-    if data.source == "gsm8k":  # held out of what is there to train on
-        sizes["train"] = data.train_size or SIZES["train"] - sizes["heldout"]
-    return sizes
+    if data.source == "synthetic":
+        train, test = data.train_size or SYNTHETIC_SIZES["train"], SYNTHETIC_SIZES["test"]
+        heldout = round(train * data.heldout_fraction)
+    else:
+        heldout = round(TRAIN * data.heldout_fraction)
+        train, test = min(data.train_size or TRAIN, TRAIN - heldout), TEST
+    return {"train": train, "heldout": heldout, "test": data.test_size or test}
 
 
 COLUMNS = (
