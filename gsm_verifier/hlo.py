@@ -27,7 +27,7 @@ COLLECTIVES = (
 )
 _ARRAY = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(calls|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_CALLED = re.compile(r"(calls|body|condition|branch_computations|to_apply)=(\{[^}]*\}|%[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GROUPS = re.compile(  # their size: of a list, of an iota, of named axes of a mesh
     r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] ?\{([^}]*)\})"
@@ -80,7 +80,10 @@ class _Instruction:
 
     @property
     def called(self) -> dict[str, list[str]]:
-        return {key: _NAME.findall(names) for key, names in _CALLED.findall(self.attributes)}
+        found = _CALLED.findall(self.attributes)
+        if self.opcode != "call":  # what a reduction applies is no product
+            found = [(key, names) for key, names in found if key != "to_apply"]
+        return {key: _NAME.findall(names) for key, names in found}
 
 
 def _shapes(type_: str) -> list[list[int]]:
@@ -221,7 +224,7 @@ class _Module:
             )
             return read + self._written(inner, x.type)
         if x.opcode == "slice-start":  # its type: the whole, the slice, the rest
-            taken = re.sub(r"^\(\([^)]*(\([^)]*\)[^)]*)*\), ", "", x.type)
+            taken = x.type[_closing(x.type, 1) :]
             return _bytes(taken, everywhere=True) + _bytes(taken)
         if x.opcode.endswith("-start") and x.type.startswith("("):  # what is read and written
             return _bytes(x.type)
