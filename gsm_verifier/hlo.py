@@ -201,19 +201,31 @@ class _Module:
         return next(x for x in self._computations[computation].values() if x.root)
 
     def _trips(self, here: dict[str, _Instruction], loop: _Instruction) -> int:
-        """How often a loop runs; on TPU it counts up from zero by one."""
+        """How often a loop runs; on TPU its counter, of the carried tuple, goes up to a limit."""
         told = _TRIPS.search(loop.attributes)
         if told:
             return int(told.group(1))
-        (name,) = loop.called["condition"]
-        root, condition = self._root(name), self._computations[name]
-        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+        names = loop.called
+        condition, body = (self._computations[names[key][0]] for key in ("condition", "body"))
+        test, result = self._root(names["condition"][0]), self._root(names["body"][0])
+        start = here[loop.operands[0]]
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return self._steps
-        limit = condition[root.operands[1]]
+        counter, limit = (condition[name] for name in test.operands)
+
+        def carried(x: _Instruction) -> int:
+            return int(re.search(r"index=(\d+)", x.attributes).group(1))  # type: ignore[union-attr]
+
         if limit.opcode == "get-tuple-element":  # carried along unchanged
-            place = int(re.search(r"index=(\d+)", limit.attributes).group(1))  # type: ignore[union-attr]
-            limit = here[here[loop.operands[0]].operands[place]]
-        return int(limit.number) if limit.opcode == "constant" else self._steps
+            limit = here[start.operands[carried(limit)]]
+        end = _value([limit], here)
+        if end is None or counter.opcode != "get-tuple-element":
+            return self._steps
+        place = carried(counter)
+        begin = _value([here[start.operands[place]]], here) or 0
+        following = body[result.operands[place]]
+        step = _value([body[name] for name in following.operands], body) or 1
+        return -(-(end - begin) // step)
 
     def _moved(self, x: _Instruction, types: list[str]) -> float:
         """Bytes of main memory an instruction reads and writes."""
@@ -300,6 +312,16 @@ def _sent(kind: str, x: _Instruction, types: list[str]) -> float:
     n = _group(x.attributes)
     rounds = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
     return given * rounds.get(kind, (n - 1) / n)
+
+
+def _value(found: list[_Instruction], here: dict[str, _Instruction]) -> int | None:
+    """The number that is among some instructions, or is copied by one."""
+    for x in found:
+        while x.opcode == "copy":
+            x = here[x.operands[0]]
+        if x.opcode == "constant":
+            return int(x.number)
+    return None
 
 
 def _channel(x: _Instruction) -> str:

@@ -85,7 +85,8 @@ def test_collectives_count_what_a_ring_sends(make_mesh: MakeMesh) -> None:
 
 
 # How a TPU's compiler writes a scan of 12 matrix products, shortened: the product is a convolution,
-# batched over its space, the loop says no number, and one collective goes on beside two pieces.
+# batched over its space, the loop says no number but counts by two, and one collective goes on
+# beside two pieces.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %piece (p.1: bf16[8,64]) -> bf16[32,64] {
@@ -106,12 +107,14 @@ TPU = """HloModule jit_f, is_scheduled=true
   %first = bf16[32,64]{1,0:S(1)} fusion(%w.1), kind=kCustom, calls=%piece
   %second = bf16[32,64]{1,0:S(1)} fusion(%w.1), kind=kCustom, calls=%same
   %y.1 = f32[8,4,16,32]{3,2,1,0} convolution(%x.1, %x.1), window={size=8x4 stride=7x3 lhs_dilate=8x4}, dim_labels=01bf_01io->01bf
-  ROOT %next = (s32[], f32[8,4,16,32], bf16[8,64]) tuple(%i.1, %y.1, %w.1)
+  %two = s32[]{:T(128)} constant(2)
+  %i.3 = s32[]{:T(128)} add(%i.1, %two)
+  ROOT %next = (s32[], f32[8,4,16,32], bf16[8,64]) tuple(%i.3, %y.1, %w.1)
 }
 
 %condition (carry.2: (s32[], f32[8,4,16,32], bf16[8,64])) -> pred[] {
   %carry.2 = (s32[]{:T(128)}, f32[8,4,16,32]{3,2,1,0}, bf16[8,64]{1,0}) parameter(0)
-  %limit = s32[]{:T(128)} constant(12)
+  %limit = s32[]{:T(128)} constant(24)
   %i.2 = s32[]{:T(128)} get-tuple-element(%carry.2), index=0
   ROOT %more = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
 }
@@ -133,7 +136,7 @@ def test_what_a_tpus_compiler_writes() -> None:
     assert dict(got.sent) == {"all-gather": 12 * 3 * 8 * 64 * 2}
     big = 8 * 4 * 16 * 32 * 4
     # Read twice, written once; what is gathered stays on the chip.
-    assert got.hbm == pytest.approx(12 * 3 * big, rel=1e-4)
+    assert got.hbm == pytest.approx(12 * 3 * big, rel=1e-3)
 
 
 def dense(tokens: int) -> int:
