@@ -95,7 +95,8 @@ class Cost:
     """One run of a compiled program, on each of the devices.
 
     Attributes:
-      memory: bytes it needs, arguments included. work: None where the compiler found no room.
+      memory: bytes it needs, arguments included. work: None where the compiler found no room; it
+        needs at least so much.
     """
 
     memory: float
@@ -138,6 +139,12 @@ def slice_devices(topology: str) -> list[Any]:
         raise ValueError(f"--topology={topology}: use one of {known} ({told})") from error
 
 
+# How a TPU's compiler says that there isn't: of all that is needed, or of the temporaries.
+NO_ROOM = re.compile(
+    r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|\(([\d.]+)([KMGT])\) exceeds available HBM"
+)
+
+
 def compile_(program: Program, mesh: Mesh) -> Cost:
     """Compile a program for the devices of a mesh."""
     with jax.set_mesh(mesh):
@@ -145,10 +152,11 @@ def compile_(program: Program, mesh: Mesh) -> Cost:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-            if not used:
+            found = NO_ROOM.search(str(error))
+            if not found:
                 raise
-            return Cost(float(used.group(1)) * 1024 ** " KMGT".index(used.group(2)), None)
+            size, unit = (part for part in found.groups() if part)
+            return Cost(float(size) * 1024 ** " KMGT".index(unit), None)
     m = compiled.memory_analysis()
     memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     memory += m.temp_size_in_bytes + m.generated_code_size_in_bytes
@@ -432,4 +440,4 @@ def _row(
 
 def _number(x: float) -> str:
     """Three digits."""
-    return "" if math.isnan(x) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    return "-" if math.isnan(x) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -1,6 +1,7 @@
 """The plan: counts against counts by hand, every stage on the devices at hand, clear refusals."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -200,6 +201,29 @@ def test_a_plan_of_the_devices_at_hand() -> None:
     tokens = (7473 - heldout) * (plan.QUESTION + plan.SOLUTION)
     assert finetune[-2] == f"{-(-2 * tokens // (2 * B * T)):,}"
     assert found[-1] == "No times: the rates of a cpu aren't known."
+
+
+NO_ROOM = [
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 17.16G of 15.75G hbm. Exceeded",
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(17.16G) exceeds available HBM (15.75G).",
+]
+
+
+@pytest.mark.parametrize("told", NO_ROOM)
+def test_what_finds_no_room_is_too_much(mesh: Mesh, told: str) -> None:
+    class Jitted:
+        def lower(self) -> "Jitted":
+            return self
+
+        def compile(self) -> None:
+            raise jax.errors.JaxRuntimeError(told)
+
+    program = plan.Program("step", 100, (), Jitted(), (), useful=1.0)
+    cost = plan.compile_(program, mesh)
+    row, hours = plan._row("finetune", program, 1001, cost, plan.CHIPS["v5e"], 4)
+    assert row[2] == "17.2 of 16: TOO MUCH"
+    assert math.isnan(hours)
 
 
 def test_times_are_those_of_the_slowest() -> None:
