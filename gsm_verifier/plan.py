@@ -272,6 +272,7 @@ class Programs:
         sampled = min(options.train_problems or train, train)
         heldout = sizes["heldout"] if h else 0
         prefill, decoded = self.sample()
+        one = QUESTION + SOLUTION
         question, solution = [0] * QUESTION, [0] * SOLUTION
         judged = [solution] * min(n, verify.completions or n)
         trees = verifier_trees(
@@ -283,9 +284,8 @@ class Programs:
             objective=verify.objective,
             mix=verify.mix,
             branches=verify.branches,
-            capacity=verify.row_tokens,
+            capacity=max(verify.row_tokens, one + 1),
         )
-        one = QUESTION + SOLUTION
 
         def trained(stage: str, tokens: int) -> list[tuple[str, Program, float]]:
             epochs = config[stage].epochs
