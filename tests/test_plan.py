@@ -294,3 +294,5 @@ def test_a_tpus_compiler_says_the_same() -> None:
     cost = plan.compile_(Programs(config, mesh).score(), mesh)
     assert cost.work.flops == pytest.approx((dense(B * T) + attention(B * T)) / 4, rel=0.01)
     assert 0 < cost.memory < 2**30
+    slots = Programs(config, mesh).sample()[1].arguments[1]
+    assert slots.caches[0].prompt_k_BKSH.dtype == "bfloat16"  # which a CPU would keep in float32

@@ -147,13 +147,13 @@ class Packed:
         return out, (k_BKSH, v_BKSH) if self.keep else None
 
 
-def kept(dtype: str) -> str:
+def kept(dtype: str, mesh: jax.sharding.Mesh) -> str:
     """The dtype the sampler's keys and values are kept in, for a computation in `dtype`.
 
     XLA:CPU multiplies them in float32 only (see `_einsum`). Kept in bfloat16, all of them would be
     converted for every token, which takes twice the time of the products; the numbers are the same.
     """
-    return "float32" if jax.default_backend() == "cpu" else dtype
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else dtype
 
 
 class BranchCache(NamedTuple):

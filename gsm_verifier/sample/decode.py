@@ -126,11 +126,11 @@ def slot_shapes(
     def array(letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
-    K, H, dtype = config.kv_heads, config.head_size, kept(config.dtype)
+    K, H, dtype = config.kv_heads, config.head_size, kept(config.dtype, mesh)
 
     def cache() -> BranchCache:
-        prompt = [array("PKSH", config.dtype, P, K, S, H) for _ in range(2)]
-        own = [array("PCKWH", config.dtype, P, C, K, W, H) for _ in range(2)]
+        prompt = [array("PKSH", dtype, P, K, S, H) for _ in range(2)]
+        own = [array("PCKWH", dtype, P, C, K, W, H) for _ in range(2)]
         return BranchCache(*prompt, *own)
 
     def slots(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
