@@ -66,9 +66,9 @@ def _pretrain(config: ConfigDict) -> None:
         layers=6,
         width=128,
         heads=4,
-        kv_heads=4,
+        kv_heads=1,
         head_size=32,
-        mlp_width=384,
+        mlp_width=448,
         max_length=384,
     )
     config.pretrain.update(

@@ -10,7 +10,7 @@ Everywhere a tie goes to the lowest sample index.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,33 @@ NO_ANSWER = -1
 SUBSETS = 200
 BASELINES = ("majority", "random", "logprob", "integer_only")
 CHALLENGERS = ("verifier", "verifier_vote", "verifier_weighted", "majority")
+
+
+_DTYPES = {
+    "answer": np.int32,
+    "correct": np.bool_,
+    "integer": np.bool_,
+    "score": np.float64,
+    "logprob": np.float64,
+    "length": np.int32,
+}
+
+
+class Choice(NamedTuple):
+    """The samples of one problem; each field has an entry for every sample.
+
+    Attributes:
+      answer: final answers; equal strings are equal answers, None is no answer.
+      correct: is it right? score, logprob, length: as in `Candidates`, None where unknown.
+      integer: by default whether the answer is written as an integer, `-?[0-9]+`.
+    """
+
+    answer: Sequence[str | None]
+    correct: Sequence[bool]
+    integer: Sequence[bool] | None = None
+    score: Sequence[float] | None = None
+    logprob: Sequence[float] | None = None
+    length: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,52 +108,39 @@ class Candidates:
             raise ValueError("samples beyond count_P must be empty: no answer, not correct")
 
     @classmethod
-    def from_lists(
-        cls,
-        answers: Sequence[Sequence[str | None]],
-        correct: Sequence[Sequence[bool]],
-        *,
-        integer: Sequence[Sequence[bool]] | None = None,
-        score: Sequence[Sequence[float]] | None = None,
-        logprob: Sequence[Sequence[float]] | None = None,
-        length: Sequence[Sequence[int]] | None = None,
-    ) -> "Candidates":
-        """Build from per-problem lists, which may differ in length.
+    def gather(cls, choices: Iterable[Choice]) -> "Candidates":
+        """Put problems together, which may differ in their number of samples.
 
-        Args:
-          answers: final answers; equal strings are equal answers, None is no answer. Codes follow
-            the order of first appearance.
-          correct, score, logprob, length: one entry per sample.
-          integer: by default whether the answer is written as an integer, `-?[0-9]+`.
+        Codes of answers follow the order of first appearance. A field that is None of any problem
+        is None of all. Nothing but the arrays is kept in memory.
 
         Raises:
-          ValueError: a list does not match `answers`, or as in the class.
+          ValueError: a field does not hold one entry for each of the answers, or as in the class.
         """
-        if integer is None:
-            integer = [[bool(re.fullmatch("-?[0-9]+", a or "")) for a in row] for row in answers]
-        count_P = np.array([len(row) for row in answers], np.int32)
-        samples = count_P.max(initial=0)
+        kept: dict[str, list[np.ndarray | None]] = {name: [] for name in _DTYPES}
+        for choice in choices:
+            integer = choice.integer
+            if integer is None:
+                integer = [bool(re.fullmatch("-?[0-9]+", a or "")) for a in choice.answer]
+            coded = choice._replace(answer=_codes(choice.answer), integer=integer)
+            for name, dtype in _DTYPES.items():
+                value = getattr(coded, name)
+                if value is not None and len(value) != len(choice.answer):
+                    raise ValueError(f"{name} does not hold one entry for each of the answers")
+                kept[name].append(None if value is None else np.asarray(value, dtype))
+        count_P = np.array([len(row) for row in kept["answer"]], np.int32)
 
-        def pad(name: str, rows: Sequence[Sequence[Any]], fill: Any, dtype: Any) -> np.ndarray:
-            if [len(row) for row in rows] != count_P.tolist():
-                raise ValueError(f"{name} does not hold one entry for each of the answers")
-            padded = np.full((len(rows), samples), fill, dtype)
+        def pad(name: str) -> np.ndarray | None:
+            rows = kept.pop(name)
+            if any(row is None for row in rows):
+                return None
+            fill = NO_ANSWER if name == "answer" else 0
+            padded = np.full((len(rows), count_P.max(initial=0)), fill, _DTYPES[name])
             for p, row in enumerate(rows):
                 padded[p, : len(row)] = row
             return padded
 
-        def optional(name: str, rows: Sequence[Sequence[float]] | None) -> np.ndarray | None:
-            return None if rows is None else pad(name, rows, 0.0, np.float64)
-
-        return cls(
-            answer_PM=pad("answers", [_codes(row) for row in answers], NO_ANSWER, np.int32),
-            correct_PM=pad("correct", correct, False, np.bool_),
-            integer_PM=pad("integer", integer, False, np.bool_),
-            count_P=count_P,
-            score_PM=optional("score", score),
-            logprob_PM=optional("logprob", logprob),
-            length_PM=optional("length", length),
-        )
+        return cls(count_P=count_P, **{f"{name}_PM": pad(name) for name in _DTYPES})
 
     @property
     def present_PM(self) -> np.ndarray:

@@ -6,15 +6,15 @@ under a temporary name, synced and renamed: a shard that exists is whole. Resumi
 the shards that exist.
 """
 
-import itertools
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -116,8 +116,8 @@ def write(path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -> list[Any]:
-    """The rows of one shard; with `columns`, dictionaries of those only.
+def read_table(path: Path, kind: type[Any], columns: Sequence[str] | None = None) -> pa.Table:
+    """One shard as a table, with all or some of its columns.
 
     Raises:
       ValueError: a missing, damaged or foreign file; names it and the mend.
@@ -130,12 +130,17 @@ def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -
         # No checksum covers the footer, whose number of rows stands there twice.
         if table.num_rows != pq.read_metadata(path).num_rows:
             raise ValueError("its numbers of rows disagree")
-        rows = table.to_pylist()
+        return table
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"can't read {path} as {kind.__name__} records: {error}; delete it and run its stage "
             "again"
         ) from error
+
+
+def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -> list[Any]:
+    """The rows of a shard, or dictionaries of some `columns`; refused as by `read_table`."""
+    rows = read_table(path, kind, columns).to_pylist()
     return rows if columns is not None else [kind(**row) for row in rows]
 
 
@@ -167,22 +172,48 @@ def read_all(folder: Path, kind: type[Record]) -> list[Record]:
 FOLDERS: dict[type, str] = {Completion: "samples", Label: "labels", Score: "scores"}
 
 
+def tables(run: Path, split: str, columns: Mapping[type[Any], Sequence[str]]) -> Iterator[pa.Table]:
+    """The named columns of several kinds side by side: a table for every problem.
+
+    One shard is in memory at a time, without the columns not asked for.
+
+    Raises:
+      ValueError: a kind's shards don't hold the same rows as the first one's.
+    """
+    keys = ["problem", "sample"]
+    first = next(iter(columns))
+    for path in shards(run / FOLDERS[first] / split):
+        whole: pa.Table | None = None
+        for kind, names in columns.items():
+            table = read_table(run / FOLDERS[kind] / split / path.name, kind, [*keys, *names])
+            whole = table if whole is None else whole
+            if not table.select(keys).equals(whole.select(keys)):
+                raise ValueError(
+                    f"{path.name} of {' and '.join(FOLDERS[k] for k in columns)} in {run}, {split},"
+                    " hold different rows: delete all but the samples and run their stages again"
+                )
+            if table is not whole:
+                for name in names:
+                    whole = whole.append_column(name, table[name])
+        start = 0
+        for end in pc.run_end_encode(whole["problem"].combine_chunks()).run_ends.to_pylist():
+            yield whole.slice(start, end - start)
+            start = end
+
+
 def by_problem(
     run: Path, split: str, *kinds: type[Any]
 ) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     """(problem's id, its rows of all `kinds` side by side), with one shard in memory at a time.
 
     Raises:
-      ValueError: a kind's shards don't hold the same rows as the first one's.
+      ValueError: as `tables`.
     """
-    for path in shards(run / FOLDERS[kinds[0]] / split):
-        columns = [read(run / FOLDERS[kind] / split / path.name, kind) for kind in kinds]
-        keys = [[(row.problem, row.sample) for row in column] for column in columns]
-        if any(key != keys[0] for key in keys):
-            raise ValueError(
-                f"{path.name} of {' and '.join(FOLDERS[k] for k in kinds)} in {run}, {split}, hold "
-                "different rows: delete all but the samples and run their stages again"
-            )
-        rows = zip(*columns, strict=True)
-        for problem, group in itertools.groupby(rows, key=lambda row: row[0].problem):
-            yield problem, list(group)
+    columns = {kind: [field.name for field in fields(kind)[len(_KEY) :]] for kind in kinds}
+    for table in tables(run, split, columns):
+        rows = table.to_pylist()
+        made = [
+            [kind(row["problem"], row["sample"], *map(row.get, names)) for row in rows]
+            for kind, names in columns.items()
+        ]
+        yield rows[0]["problem"], list(zip(*made, strict=True))

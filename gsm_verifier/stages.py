@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow.compute as pc
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -523,18 +524,7 @@ def rank_(run: Run) -> None:
     test = run.problems("test")
     for split in ("test", "greedy"):
         _label(run, split, test, records.shards(run.folder / "samples" / split))
-    columns = []
-    for _, rows in records.by_problem(run.folder, "test", Completion, Label, Score):
-        made = [
-            (label.answer, label.correct, scored.score, completion.logprob, len(completion.tokens))
-            for completion, label, scored in rows
-        ]
-        columns.append([list(column) for column in zip(*made, strict=True)])
-    found, correct, score, logprob, length = (list(c) for c in zip(*columns, strict=True))
-    known = None not in itertools.chain(*logprob)  # of what was sampled elsewhere it may not be
-    candidates = rank.Candidates.from_lists(
-        found, correct, score=score, logprob=logprob if known else None, length=length
-    )
+    candidates = rank.Candidates.gather(_choices(run.folder))
     greedy = {
         row.problem: row.correct for row in records.read_all(run.folder / "labels/greedy", Label)
     }
@@ -554,6 +544,24 @@ def rank_(run: Run) -> None:
     records.write_atomically(
         run.folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode()
     )
+
+
+def _choices(folder: Path) -> Iterator[rank.Choice]:
+    """What the rules of choosing look at, problem by problem."""
+    columns = {
+        Completion: ["tokens", "logprob"],
+        Label: ["answer", "correct"],
+        Score: ["score"],
+    }
+    for table in records.tables(folder, "test", columns):
+        unknown = table["logprob"].null_count  # of what was sampled elsewhere
+        yield rank.Choice(
+            answer=table["answer"].to_pylist(),
+            correct=table["correct"].to_numpy(),
+            score=table["score"].to_numpy(),
+            logprob=None if unknown else table["logprob"].to_numpy(),
+            length=pc.list_value_length(table["tokens"]).to_numpy(),
+        )
 
 
 def _provenance(run: Run) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import (
     HIDDEN,
     LEAST_BLOCK,
+    OWN,
+    SHARED,
     BranchCache,
     Branches,
     Look,
@@ -233,8 +235,8 @@ def test_attend_is_the_softmax_over_the_concatenation_of_its_segments() -> None:
     sees_own = rng.random((B, T, W)) < 0.5
     sees_shared[..., 0] = sees_own[..., 0] = True
     segments = {
-        "shared": Segment("BKSH", *shared, sees_shared[:, None, :, None]),
-        "own": Segment("BTKSH", *own, sees_own[:, None, :, None]),
+        "shared": Segment(SHARED, *shared, sees_shared[:, None, :, None]),
+        "own": Segment(OWN, own[0].swapaxes(3, 4), own[1], sees_own[:, None, :, None]),
     }
     for names in (["shared"], ["own"], ["shared", "own"], ["own", "shared"]):
         out = attend(jnp.asarray(q), [segments[n] for n in names])
@@ -256,7 +258,7 @@ def test_attention_survives_huge_logits_and_rows_that_see_nothing() -> None:
     k = v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4, 8)) * 1e4)
     q = k.reshape(1, 4, 1, 1, 8)
     visible = jnp.tril(jnp.ones((4, 4), bool), -1)[None, None, :, None]  # the first sees nothing
-    out, gradient = jax.value_and_grad(lambda q: attend(q, [Segment("BKSH", k, v, visible)]).sum())(
+    out, gradient = jax.value_and_grad(lambda q: attend(q, [Segment(SHARED, k, v, visible)]).sum())(
         q
     )
     assert np.isfinite(out)
@@ -275,7 +277,7 @@ def test_attention_in_blocks_of_queries_is_attention_of_the_whole(T: int) -> Non
         return by_rows(*qkv, visible, scale=0.5, cap=2.0)
 
     def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(q, [Segment("BKSH", k, v, visible[:, None, :, None])], scale=0.5, cap=2.0)
+        return attend(q, [Segment(SHARED, k, v, visible[:, None, :, None])], scale=0.5, cap=2.0)
 
     results = []
     for attention in (in_blocks, whole):
@@ -292,7 +294,7 @@ def test_scale_and_cap_shape_the_logits_by_definition() -> None:
         logits = q[0, :, 0, 0] @ k[0, 0].T * (scale or 8**-0.5)
         logits = cap * np.tanh(logits / cap) if cap else logits
         weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        out = attend(jnp.asarray(q), [Segment("BKSH", k, v, True)], scale, cap)
+        out = attend(jnp.asarray(q), [Segment(SHARED, k, v, True)], scale, cap)
         np.testing.assert_allclose(out[0, :, 0, 0], weights @ v[0, 0], atol=1e-5)
 
 

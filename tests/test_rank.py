@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gsm_verifier import rank, statistics
-from gsm_verifier.rank import Ballot, Candidates
+from gsm_verifier.rank import Ballot, Candidates, Choice
 
 SAMPLES = 6
 TOLERANCE = {"rtol": 0, "atol": 1e-12}
@@ -20,6 +21,13 @@ TOLERANCE = {"rtol": 0, "atol": 1e-12}
 QUARTERS = st.integers(-2, 6).map(lambda i: i / 4)
 SAMPLE = st.tuples(st.sampled_from([None, "1", "2", "2.5"]), QUARTERS, QUARTERS, st.integers(1, 4))
 GOLD = st.sampled_from(["1", "2.5"])
+
+
+def gather(answers: Sequence, correct: Sequence, **columns: Sequence) -> Candidates:
+    """Candidates of lists that have a row for each problem."""
+    names = ["answer", "correct", *columns]
+    rows = zip(answers, correct, *columns.values(), strict=True)
+    return Candidates.gather(Choice(**dict(zip(names, row, strict=True))) for row in rows)
 
 
 @st.composite
@@ -31,7 +39,7 @@ def candidates_strategy(draw: st.DrawFn) -> Candidates:
     columns = [[list(c) for c in zip(*rows, strict=True)] or [[]] * 4 for _, rows in problems]
     answers, score, logprob, length = zip(*columns, strict=True)
     correct = [[a == gold for a in row] for (gold, _), row in zip(problems, answers, strict=True)]
-    return Candidates.from_lists(answers, correct, score=score, logprob=logprob, length=length)
+    return gather(answers, correct, score=score, logprob=logprob, length=length)
 
 
 def subsets_of(candidates: Candidates, p: int, n: int) -> list[tuple[int, ...]]:
@@ -237,7 +245,7 @@ def test_votes_depend_on_the_seed_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ties_and_missing_answers_by_example() -> None:
-    candidates = Candidates.from_lists(
+    candidates = gather(
         [["7", "5", "5", "7"], [None, None, "5"], [None, None, None]],
         [[False, True, True, False], [False, False, True], [False] * 3],
         score=[[0.2, 0.9, 0.1, 0.3], [0.9, 0.8, -3.0], [0.1, 0.2, 0.3]],
@@ -254,8 +262,8 @@ def test_ties_and_missing_answers_by_example() -> None:
 # Candidates
 
 
-def test_from_lists_numbers_answers_by_first_appearance_and_pads() -> None:
-    candidates = Candidates.from_lists(
+def test_gather_numbers_answers_by_first_appearance_and_pads() -> None:
+    candidates = gather(
         [["3", None, "-4", "3", "3.0"], ["9"], []], [[True, False, False, True, False], [False], []]
     )
     assert candidates.answer_PM.tolist() == [[0, -1, 1, 0, 2], [0] + [-1] * 4, [-1] * 5]
@@ -271,14 +279,14 @@ def test_from_lists_numbers_answers_by_first_appearance_and_pads() -> None:
         ({"score": [[0.1, math.nan]]}, "score_PM is nan at problem 0, sample 1"),
         ({"logprob": [[-math.inf, 0.0]]}, "logprob_PM is -inf at problem 0, sample 0"),
         ({"score": [[0.1]]}, "score does not hold one entry"),
-        ({"correct": [[True, False], [True]]}, "correct does not hold one entry"),
+        ({"correct": [[True]]}, "correct does not hold one entry"),
         ({"answers": [[]], "correct": [[]]}, "P, M >= 1"),
         ({"answers": [], "correct": []}, "P, M >= 1"),
     ],
 )
-def test_from_lists_refuses(change: dict, message: str) -> None:
+def test_gather_refuses(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Candidates.from_lists(**{"answers": [["1", "2"]], "correct": [[True, False]], **change})
+        gather(**{"answers": [["1", "2"]], "correct": [[True, False]], **change})
 
 
 @pytest.mark.parametrize(
@@ -295,7 +303,7 @@ def test_from_lists_refuses(change: dict, message: str) -> None:
     ],
 )
 def test_candidates_refuse(change: dict, message: str) -> None:
-    right = Candidates.from_lists([["1", "2"]], [[True, False]])
+    right = gather([["1", "2"]], [[True, False]])
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(right, **change)
 
@@ -498,7 +506,7 @@ def test_evaluate_at_one_sample_is_the_same_for_every_rule() -> None:
 
 
 def test_evaluate_leaves_out_what_it_cannot_know() -> None:
-    candidates = Candidates.from_lists([["1", None], ["2"]], [[False, False], [False]])
+    candidates = gather([["1", None], ["2"]], [[False, False], [False]])
     result = rank.evaluate(candidates)
     json.dumps(result, allow_nan=False)
     assert set(result["accuracy"]) == {"random", "majority", "integer_only", "coverage"}

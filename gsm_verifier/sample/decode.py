@@ -57,7 +57,7 @@ class Sampling:
 class Slots(NamedTuple):
     """The whole state of the sampler on the device."""
 
-    caches: list[BranchCache]  # one a layer, [P, K, S, H] and [P, C, K, W, H]
+    caches: list[BranchCache]  # one a layer, with P prompts of C slots
     prompt_length_P: jax.Array
     last_token_P: jax.Array  # of the prompt: the first input of each of its branches
     status_PC: jax.Array
@@ -129,9 +129,12 @@ def slot_shapes(
     K, H, dtype = config.kv_heads, config.head_size, kept(config.dtype, mesh)
 
     def cache() -> BranchCache:
-        prompt = [array("PKSH", dtype, P, K, S, H) for _ in range(2)]
-        own = [array("PCKWH", dtype, P, C, K, W, H) for _ in range(2)]
-        return BranchCache(*prompt, *own)
+        return BranchCache(
+            prompt_k_BKSH=array("PKSH", dtype, P, K, S, H),
+            prompt_v_BKSH=array("PKSH", dtype, P, K, S, H),
+            own_k_BTKHS=array("PCKHW", dtype, P, C, K, H, W),
+            own_v_BTKSH=array("PCKWH", dtype, P, C, K, W, H),
+        )
 
     def slots(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
         return array("PC" + "S" * len(more), dtype, P, C, *more)
