@@ -53,8 +53,8 @@ def stepping(
     state = loop.TrainState(
         contest.headed(model), moments, jnp.zeros((), jnp.int32, device=where.step)
     )
-    together = cut.rows * cut.accumulate
-    batches = (fields for _ in itertools.count() for fields in rows.batches(together))
+    every = range(cut.rows * cut.accumulate)
+    batches = (fields for _ in itertools.count() for fields in rows.batches(cut.batch, mine=every))
 
     def train() -> dict[str, float]:
         nonlocal state

@@ -62,8 +62,8 @@ def training(**changes: Any) -> ConfigDict:
             epochs=1.0,  # passes over the stage's examples; 0 keeps the model it starts from
             learning_rate=1e-5,  # table 1: 1.6e-5 (3B) ... 6e-6 (175B); finetuning a tenth of it
             batch_tokens=32_000,  # tokens of one optimiser step (table 1)
-            row_tokens=512,  # T: examples are packed into rows of this length
-            microbatch_rows=16,  # rows computed at one time; a step accumulates as many as it needs
+            row_tokens=1024,  # T: examples are packed into rows of this length
+            microbatch_rows=8,  # rows computed at one time; a step accumulates as many as it needs
             warmup_steps=0,  # open
             adam_beta1=0.9,  # table 1
             adam_beta2=0.95,  # table 1
@@ -179,8 +179,8 @@ def default() -> ConfigDict:
         dict(
             imported="",  # as in sample, for the test problems
             aggregate="last",  # of the values after each token: last | mean | min | product; open
-            row_tokens=512,
-            rows=16,  # rows computed at one time
+            row_tokens=1024,
+            rows=8,  # rows computed at one time
         )
     )
     config.rank = ConfigDict(

@@ -66,16 +66,26 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
 def _run_stage(run: Run, name: str) -> None:
     stage = STAGES[name]
     _say(f"{name}: {stage.does}")
+    started = _marker(run.folder, name, "started")
+    resumed = started.exists()
     if processes.first():
         _write_marker(run, name, "started", None)
+    before = set(run.folder.rglob("*"))
     began = time.perf_counter()
-    if processes.first() or not stage.alone:
-        stage.run(run)
+    try:
+        if processes.first() or not stage.alone:
+            stage.run(run)
+    except ValueError:
+        # What made nothing, or makes it all anew, may be begun again with a mended config.
+        made = resumed or set(run.folder.rglob("*")) - before
+        if processes.first() and (stage.alone or not made):
+            started.unlink()
+        raise
     processes.wait_for_all(f"{name} is done")
     seconds = time.perf_counter() - began
     if processes.first():
         _write_marker(run, name, "done", seconds)
-        _marker(run.folder, name, "started").unlink()
+        started.unlink()
     _say(f"{name}: {seconds:.1f} s")
 
 

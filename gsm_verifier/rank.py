@@ -9,7 +9,6 @@ Everywhere a tie goes to the lowest sample index.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gsm_verifier import statistics
+from gsm_verifier.text import answers
 
 NO_ANSWER = -1
 SUBSETS = 200
@@ -31,6 +31,7 @@ _DTYPES = {
     "score": np.float64,
     "logprob": np.float64,
     "length": np.int32,
+    "value": np.float64,
 }
 
 
@@ -39,7 +40,7 @@ class Choice(NamedTuple):
 
     Attributes:
       answer: final answers; equal strings are equal answers, None is no answer.
-      correct: is it right? score, logprob, length: as in `Candidates`, None where unknown.
+      correct: is it right? score, logprob, length, value: as in `Candidates`, None where unknown.
       integer: by default whether the answer is written as an integer, `-?[0-9]+`.
     """
 
@@ -49,6 +50,7 @@ class Choice(NamedTuple):
     score: Sequence[float] | None = None
     logprob: Sequence[float] | None = None
     length: Sequence[int] | None = None
+    value: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Candidates:
       score_PM: float; the verifier's score, or None if not scored.
       logprob_PM: float; the log-probability of the sample under the generator, or None.
       length_PM: tokens in the sample, or None.
+      value_PM: float; what the verifier takes for the probability that the sample is right, where
+        `score_PM` is something else.
 
     Raises:
       ValueError: a shape or type differs from the above, padding is not empty, or a float is not
@@ -81,6 +85,7 @@ class Candidates:
     score_PM: np.ndarray | None = None
     logprob_PM: np.ndarray | None = None
     length_PM: np.ndarray | None = None
+    value_PM: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         shape = self.answer_PM.shape
@@ -94,7 +99,7 @@ class Candidates:
         for name, kind in kinds.items():
             if not np.issubdtype(getattr(self, name).dtype, kind):
                 raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name).dtype}")
-        for name in ("correct_PM", "integer_PM", "score_PM", "logprob_PM", "length_PM"):
+        for name in (f"{name}_PM" for name in _DTYPES if name != "answer"):
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} has shape {value.shape}, answer_PM has {shape}")
@@ -121,7 +126,7 @@ class Candidates:
         for choice in choices:
             integer = choice.integer
             if integer is None:
-                integer = [bool(re.fullmatch("-?[0-9]+", a or "")) for a in choice.answer]
+                integer = [answers.is_integer(answer) for answer in choice.answer]
             coded = choice._replace(answer=_codes(choice.answer), integer=integer)
             for name, dtype in _DTYPES.items():
                 value = getattr(coded, name)
@@ -374,9 +379,8 @@ def verifier_quality(candidates: Candidates) -> dict[str, Any]:
         return shortcuts
     pooled, within = _auroc_pair(candidates, candidates.score_PM)
     present_PM = candidates.present_PM
-    calibration = statistics.calibration(
-        candidates.score_PM[present_PM], candidates.correct_PM[present_PM]
-    )
+    value_PM = candidates.score_PM if candidates.value_PM is None else candidates.value_PM
+    calibration = statistics.calibration(value_PM[present_PM], candidates.correct_PM[present_PM])
     return {"auroc": pooled, "auroc_within": within, **calibration, **shortcuts}
 
 

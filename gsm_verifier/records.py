@@ -57,12 +57,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Label:
-    """Is a completion's final answer the gold one? `answer` is None where there is no answer."""
+    """Is a completion's final answer the gold one?
+
+    Attributes:
+      answer: None where there is none. correct: the official score, which compares strings.
+      numeric: equal as numbers, `$18.00` and `18` alike.
+    """
 
     problem: str
     sample: int
     answer: str | None
     correct: bool
+    numeric: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ SCHEMAS: dict[type, pa.Schema] = {
             ("finished", pa.bool_()),
         ]
     ),
-    Label: pa.schema([*_KEY, ("answer", pa.string()), ("correct", pa.bool_())]),
+    Label: pa.schema(
+        [*_KEY, ("answer", pa.string()), ("correct", pa.bool_()), ("numeric", pa.bool_())]
+    ),
     Score: pa.schema([*_KEY, ("values", pa.list_(pa.float32())), ("score", pa.float64())]),
 }
 

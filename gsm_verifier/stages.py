@@ -51,6 +51,7 @@ from gsm_verifier.train import loop
 from gsm_verifier.train.batch import document_trees, finetuning_trees, verifier_trees
 from gsm_verifier.train.losses import Objective
 
+TRAINED_ON_PROBLEMS = ("finetune", "baseline", "verify")
 SYNTHETIC_SIZES = {"train": 2000, "test": 300}  # where the config leaves them at 0
 PACKAGED = Path(__file__).parent / "pretrained"  # models that come with the package
 
@@ -90,7 +91,11 @@ class Run:
         return model_config.from_keys(keys, self.tokenizer.size)
 
     def problems(self, split: str) -> list[Problem]:
-        return problems_io.load(self.folder / "problems", split)
+        """The problems of a split; there may be no held-out ones."""
+        folder = self.folder / "problems"
+        if split == "heldout" and not (folder / "heldout.jsonl").stat().st_size:
+            return []
+        return problems_io.load(folder, split)
 
     def question(self, problem: Problem) -> list[int]:
         return self.tokenizer.question(problem.question)
@@ -159,16 +164,44 @@ def prepare(run: Run) -> None:
         problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
     tokenizer = _tokenizer(run, splits["train"])
     tokenizer.save(run.folder / "tokenizer.json")
+    _refuse_what_fails_later(run, splits)
+
+
+def _refuse_what_fails_later(run: Run, splits: dict[str, list[Problem]]) -> None:
+    """What can be known to be wrong is told before any training.
+
+    Raises:
+      ValueError: lengths that don't fit, more top_k than tokens, a mesh the devices don't make,
+        another run or imported completions that won't do; names the key.
+    """
+    config = run.config
+    limits = {f"config.{s}.row_tokens": config[s].row_tokens for s in TRAINED_ON_PROBLEMS}
+    limits["the model's max_length"] = run.model.max_length
+    limits["the verifier's max_length"] = run.judge.model.max_length
+    limit = min(limits, key=limits.__getitem__)
     trained_on = splits["train"] + splits["heldout"]
     longest = max(len(run.question(p)) + len(run.solution(p)) for p in trained_on)
-    row_tokens = min(run.config[s].row_tokens for s in ("finetune", "baseline", "verify"))
-    if longest > min(row_tokens, run.model.max_length):
+    if longest > limits[limit]:
         raise ValueError(
-            f"the longest training problem has {longest} tokens: raise row_tokens of finetune, "
-            "baseline and verify, and model.max_length, to hold it"
+            f"the longest training problem has {longest} tokens, {limit} is {limits[limit]}: make "
+            "them fit"
         )
+    limits["config.score.row_tokens"] = config.score.row_tokens
+    limit = min(limits, key=limits.__getitem__)
+    longest = max(len(run.question(p)) for found in splits.values() for p in found)
+    if longest + config.sample.max_tokens > limits[limit]:
+        raise ValueError(
+            f"the longest question has {longest} tokens and config.sample.max_tokens is "
+            f"{config.sample.max_tokens}, together more than {limit}, {limits[limit]}: make them "
+            "fit"
+        )
+    if config.sample.top_k > run.tokenizer.size:
+        raise ValueError(
+            f"config.sample.top_k={config.sample.top_k}: the tokenizer has {run.tokenizer.size} ids"
+        )
+    sharding.share(run.mesh)
     for stage in IMPORTS:
-        _imported(run, stage)  # what is wrong there is told before any training
+        _imported(run, stage)
 
 
 def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
@@ -234,10 +267,9 @@ def pretrain(run: Run) -> None:
         params = hf.load(run.start, run.mesh)[1]
     else:
         params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
-    end = run.tokenizer.end
     texts = list(_documents(run)) if run.config.pretrain.epochs else []
-    ids = [[end, *ids, end] for ids in run.tokenizer.encode_batch(texts)]
-    trees = document_trees(ids, run.config.pretrain.row_tokens)
+    longest = min(run.config.pretrain.row_tokens, run.model.max_length)
+    trees = document_trees(run.tokenizer.documents(texts), longest)
     aside = max(1, len(trees) // 100)
     _fit(
         run,
@@ -277,7 +309,7 @@ def finetune(run: Run) -> None:
             )
 
 
-def _own(run: Run, shards: Sequence[Path]) -> list[Path]:
+def _own(run: Run, shards: Sequence[Any]) -> list[Any]:
     """The record shards that are this process's, dealt out like cards."""
     return list(shards[run.share.index :: run.share.count])
 
@@ -288,13 +320,18 @@ def _write(run: Run, path: Path, kind: type[Record], rows: Sequence[Record]) -> 
         records.write(path, kind, rows)
 
 
-def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem], n: int) -> None:
-    """n completions of each problem, in shards; whole shards that exist are kept."""
+def _parts(run: Run, folder: Path, problems: Sequence[Problem]) -> dict[Path, Sequence[Problem]]:
+    """The record shards of a folder that are this process's, and the problems of each."""
     size = run.config.records.shard_problems
     count = -(-len(problems) // size)
-    paths = [records.shard_path(folder, i, count) for i in range(count)]
-    parts = {path: problems[i * size : (i + 1) * size] for i, path in enumerate(paths)}
-    todo = [path for path in _own(run, paths) if not path.exists()]
+    parts = [problems[i * size : (i + 1) * size] for i in range(count)]
+    return dict(_own(run, [(records.shard_path(folder, i, count), p) for i, p in enumerate(parts)]))
+
+
+def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem], n: int) -> None:
+    """n completions of each problem, in shards; whole shards that exist are kept."""
+    parts = _parts(run, folder, problems)
+    todo = [path for path in parts if not path.exists()]
     shard_of = {p.id: path for path in todo for p in parts[path]}
     found: dict[Path, dict[tuple[str, int], Completion]] = {path: {} for path in todo}
     prompts = {p.id: run.question(p) for p in problems}
@@ -371,17 +408,14 @@ def _imported(run: Run, stage: str) -> dict[str, Imported]:
 
 def _import(run: Run, split: str, file: Imported) -> None:
     """The completions of a file as samples of a split, for the problems it has."""
-    size = run.config.records.shard_problems
     row_tokens = run.config["score" if split == "test" else "verify"].row_tokens
     longest = min(row_tokens, run.model_of("verifier").max_length)
     problems = [p for p in run.problems(split) if p.id in file.counts]
-    count = -(-len(problems) // size)
-    for i in range(count):
-        path = records.shard_path(run.folder / "samples" / split, i, count)
+    for path, some in _parts(run, run.folder / "samples" / split, problems).items():
         if not path.exists():
-            some = problems[i * size : (i + 1) * size]
             rows = [c for p in some for c in file.completions(p, run.tokenizer, longest)]
-            records.write(path, Completion, rows)
+            _write(run, path, Completion, rows)
+    processes.wait_for_all(f"{split} is imported")
 
 
 def sample(run: Run) -> None:
@@ -416,6 +450,7 @@ def _label(run: Run, split: str, problems: Sequence[Problem], paths: Sequence[Pa
                 c["sample"],
                 answers.extract(c["text"]),
                 answers.is_correct(c["text"], gold[c["problem"]]),
+                answers.is_numerically_correct(c["text"], gold[c["problem"]]),
             )
             for c in records.read(path, Completion, ["problem", "sample", "text"])
         ]
@@ -519,6 +554,9 @@ def _scores(
             )
 
 
+NUMERIC = {"greedy": "greedy", "random": "test"}  # methods scored as numbers too, and their splits
+
+
 def rank_(run: Run) -> None:
     """Every rule of choosing, at every N, with intervals and paired tests (figures 5 and 7)."""
     test = run.problems("test")
@@ -540,10 +578,17 @@ def rank_(run: Run) -> None:
         _provenance(run)
         | {"splits": {"test": {"problems": len(test), "samples": candidates.answer_PM.shape[1]}}}
         | results
+        | {"numeric": {n: _numeric(run.folder, s) for n, s in NUMERIC.items()}}
     )
     records.write_atomically(
         run.folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode()
     )
+
+
+def _numeric(folder: Path, split: str) -> float:
+    """Share of a split's completions whose answer is right as a number."""
+    tables = records.tables(folder, split, {Label: ["numeric"]})
+    return float(np.mean([right for table in tables for right in table["numeric"].to_pylist()]))
 
 
 def _choices(folder: Path) -> Iterator[rank.Choice]:
@@ -551,7 +596,7 @@ def _choices(folder: Path) -> Iterator[rank.Choice]:
     columns = {
         Completion: ["tokens", "logprob"],
         Label: ["answer", "correct"],
-        Score: ["score"],
+        Score: ["values", "score"],
     }
     for table in records.tables(folder, "test", columns):
         unknown = table["logprob"].null_count  # of what was sampled elsewhere
@@ -559,6 +604,7 @@ def _choices(folder: Path) -> Iterator[rank.Choice]:
             answer=table["answer"].to_pylist(),
             correct=table["correct"].to_numpy(),
             score=table["score"].to_numpy(),
+            value=[values[-1].as_py() for values in table["values"]],
             logprob=None if unknown else table["logprob"].to_numpy(),
             length=pc.list_value_length(table["tokens"]).to_numpy(),
         )
@@ -656,8 +702,9 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage(prepare, ("seed", "data", "text"), alone=True),
-    "pretrain": Stage(pretrain, ("model", "pretrain")),
+    # The tokenizer is the pretrained model's, or learnt from the documents of pretraining too.
+    "prepare": Stage(prepare, ("seed", "data", "text", "model", "pretrain"), alone=True),
+    "pretrain": Stage(pretrain, ()),
     "finetune": Stage(finetune, ("finetune", "baseline")),
     "sample": Stage(sample, ("sample", "records")),
     "label": Stage(label, ()),

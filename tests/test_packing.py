@@ -232,6 +232,15 @@ def test_batches_from_k_on_are_the_tail_of_all_batches() -> None:
             assert all((batch[name][r] == row[name]).all() for name in FIELDS)
 
 
+def test_rows_beyond_a_batch_are_empty() -> None:
+    """What more devices than rows are filled with: the batch is the same on any number of them."""
+    rows = PackedRows(documents(100), 24, 1, 0)
+    for batch, padded in zip(rows.batches(3), rows.batches(3, mine=range(5)), strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(padded[name][:3], batch[name])
+            assert not padded[name][3:].any()
+
+
 def test_no_trees_make_no_batches() -> None:
     rows = PackedRows([], 24, 3, 0)
     assert len(rows) == 0

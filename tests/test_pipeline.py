@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
+from configs import quickstart
 from gsm_verifier import pipeline, records
 from gsm_verifier.data import problems
 from gsm_verifier.records import Completion, Label, Score
@@ -23,6 +24,7 @@ from gsm_verifier.text import answers
 from gsm_verifier.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+GSM8K = Path(os.environ.get("GSM8K_DIR", REPOSITORY.parent / "shared/data/gsm8k"))
 STAGES = ["prepare", "pretrain", "finetune", "sample", "label", "verify", "score", "rank", "report"]
 NAMES = "greedy random majority logprob length integer_only verifier verifier_vote"
 NAMES = {*NAMES.split(), "verifier_weighted", "coverage"}
@@ -171,7 +173,7 @@ def test_records_are_aligned_and_complete(finished) -> None:
     for completion, score in zip(completions, scores, strict=True):
         assert (score.problem, score.sample) == (completion.problem, completion.sample)
         assert len(score.values) == len(completion.tokens)
-        assert score.score == score.values[-1]
+        assert score.score == min(score.values)  # what the quickstart aggregates by
     assert len({score.score for score in scores}) > 40
 
 
@@ -240,6 +242,48 @@ def test_a_changed_config_is_refused_with_old_and_new(
         assert f"{key} was {old} and is now {new!r}. Use another --workdir" in message
         assert "\n" not in message
     assert (state_of(finished.folder), (finished.folder / "config.json").read_bytes()) == before
+
+
+def tiny(**keys: Any) -> ConfigDict:
+    """configs/quickstart.py:tiny with other values for some keys; `__` is a dot."""
+    config = quickstart.get_config("tiny")
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in keys.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sample__max_tokens", 500, "config.sample.max_tokens is 500, together more than"),
+        ("score__row_tokens", 60, "config.score.row_tokens, 60"),
+        ("finetune__row_tokens", 40, "config.finetune.row_tokens is 40"),
+        ("sample__top_k", 5000, "config.sample.top_k=5000: the tokenizer has"),
+        ("verify__run", "nowhere", "config.verify.run=nowhere is no finished run"),
+        ("mesh__data", 7, "7"),
+    ],
+)
+def test_what_must_fail_later_fails_at_once_and_can_be_mended(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline.run_stages(tiny(**{key: value}), tmp_path, ["prepare"])
+    pipeline.run_stages(tiny(), tmp_path, ["prepare"])  # the same work directory
+    assert (tmp_path / "prepare.done").exists()
+
+
+def test_another_model_to_start_from_after_prepare_is_refused(tmp_path: Path) -> None:
+    """Its tokenizer is another."""
+    pipeline.run_stages(tiny(), tmp_path, ["prepare"])
+    with pytest.raises(ValueError, match=r"model\.pretrained was '' and is now 'quickstart'"):
+        pipeline.run_stages(tiny(model__pretrained="quickstart"), tmp_path, ["pretrain"])
+
+
+def test_there_may_be_no_held_out_problems(tmp_path: Path) -> None:
+    epochs = {"pretrain__epochs": 0.0, "finetune__epochs": 1.0, "baseline__epochs": 0.0}
+    stages = STAGES[: STAGES.index("verify") + 1]
+    pipeline.run_stages(tiny(data__heldout_fraction=0.0, **epochs), tmp_path, stages)
+    assert not (tmp_path / "samples/heldout").exists()
+    assert (tmp_path / "verify.done").exists()
 
 
 def test_the_command_line_tells_of_a_changed_config_in_one_line(finished, environment) -> None:
@@ -318,6 +362,17 @@ def test_a_damaged_shard_is_named(copy: Path, environment) -> None:
     done = run_main(copy, environment, "--stages=rank")
     assert done.code == 1
     assert "should hold 3 shards, it holds 2" in done.err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K here: name its folder in GSM8K_DIR")
+def test_gsm8k_goes_through_every_stage(tmp_path: Path, environment) -> None:
+    sizes = ["--config.data.train_size=60", "--config.data.test_size=10"]
+    sizes += ["--config.sample.prompts=8", f"--config.data.path={GSM8K}"]
+    done = run_main(tmp_path, environment, *sizes, file="configs/gsm8k.py:tiny")
+    assert done.code == 0, done.err
+    assert results_of(tmp_path)["splits"] == {"test": {"problems": 10, "samples": 4}}
+    assert done.out.splitlines()[-1].startswith("report: ")
 
 
 @pytest.mark.slow

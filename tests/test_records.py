@@ -32,7 +32,13 @@ ROWS = {
         logprob=st.floats(allow_nan=False),
         finished=st.booleans(),
     ),
-    Label: st.builds(Label, **keys, answer=st.none() | texts, correct=st.booleans()),
+    Label: st.builds(
+        Label,
+        **keys,
+        answer=st.none() | texts,
+        correct=st.booleans(),
+        numeric=st.booleans(),
+    ),
     Score: st.builds(
         Score,
         **keys,
@@ -69,7 +75,8 @@ def test_writing_is_deterministic(tmp_path) -> None:
 
 
 def test_an_answer_of_none_is_not_the_text_none(tmp_path) -> None:
-    rows = [Label("a", 0, None, False), Label("a", 1, "None", False), Label("a", 2, "", True)]
+    answers = enumerate([None, "None", ""])
+    rows = [Label("a", sample, answer, False, False) for sample, answer in answers]
     records.write(tmp_path / "x.parquet", Label, rows)
     assert [row.answer for row in records.read(tmp_path / "x.parquet", Label)] == [None, "None", ""]
 
@@ -109,7 +116,7 @@ def test_a_cut_file_is_refused(share: float, tmp_path) -> None:
 
 def test_foreign_columns_and_types_are_refused(tmp_path) -> None:
     path = tmp_path / "x.parquet"
-    records.write(path, Label, [Label("a", 0, "1", True)])
+    records.write(path, Label, [Label("a", 0, "1", True, True)])
     with pytest.raises(
         ValueError, match=r"x\.parquet as Score records: its columns are \['problem"
     ):
@@ -127,7 +134,7 @@ def test_foreign_columns_and_types_are_refused(tmp_path) -> None:
 def test_a_row_of_wrong_values_is_not_written(tmp_path) -> None:
     path = tmp_path / "x.parquet"
     with pytest.raises((pa.ArrowException, ValueError, TypeError)):
-        records.write(path, Label, [Label("a", "zero", None, True)])
+        records.write(path, Label, [Label("a", "zero", None, True, True)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +143,7 @@ def test_shards_are_found_in_order_and_a_missing_one_is_named(tmp_path) -> None:
         records.shards(tmp_path / "samples")
     paths = [records.shard_path(tmp_path, index, 12) for index in range(12)]
     for index, path in reversed(list(enumerate(paths))):
-        records.write(path, Label, [Label("p", index, None, False)])
+        records.write(path, Label, [Label("p", index, None, False, False)])
     assert records.shards(tmp_path) == paths
     assert [row.sample for row in records.read_all(tmp_path, Label)] == list(range(12))
     paths[5].unlink()
@@ -164,10 +171,10 @@ def test_a_killed_write_leaves_the_old_file_and_no_shard(tmp_path) -> None:
     assert left[0] != path.name
     with pytest.raises(ValueError, match="holds no records"):
         records.shards(tmp_path)
-    records.write(path, Label, [Label("a", 0, None, False)])
+    records.write(path, Label, [Label("a", 0, None, False, False)])
     assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
     assert records.shards(tmp_path) == [path]
-    assert records.read_all(tmp_path, Label) == [Label("a", 0, None, False)]
+    assert records.read_all(tmp_path, Label) == [Label("a", 0, None, False, False)]
 
 
 def test_write_atomically_replaces_and_cleans_up(tmp_path, monkeypatch) -> None:

@@ -142,7 +142,7 @@ def sample_metrics() -> dict[str, list[dict[str, Any]]]:
     """Made-up training curves."""
     rng = random.Random(0)
     metrics = {}
-    for stage, steps in (("pretrain", 4000), ("finetune", 72), ("verify", 1200)):
+    for stage, steps in (("pretrained", 4000), ("generator", 72), ("verifier", 1200)):
         metrics[stage] = rows = []
         for step in range(1, steps + 1):
             decay = math.exp(-3 * step / steps)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from gsm_verifier.text import calculator
@@ -196,6 +196,24 @@ def test_training_is_deterministic_and_bounded(tmp_path) -> None:
     loaded = Tokenizer.load(tmp_path / "1.json")
     assert (loaded.size, loaded.end) == (first.size, first.end)
     assert loaded.encode_batch(TEXTS) == first.encode_batch(TEXTS)
+
+
+def test_what_begins_every_text_begins_questions_and_documents(tmp_path, merging) -> None:
+    """As Llama 3's and Gemma's tokenizers say it."""
+    assert merging.begin == []
+    assert merging.documents(["a"]) == [[merging.end, *merging.encode("a"), merging.end]]
+    merging.save(tmp_path / "plain.json")
+    backend = Backend.from_file(str(tmp_path / "plain.json"))
+    begin = merging.end  # one token as good as another
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, begin)]
+    )
+    backend.save(str(tmp_path / "begins.json"))
+    begins = Tokenizer.load(tmp_path / "begins.json")
+    assert begins.begin == [begin]
+    assert begins.question("a") == [begin, *merging.question("a")]
+    assert begins.solution("a") == merging.solution("a")
+    assert begins.documents(["a"]) == [[begin, *merging.encode("a"), merging.end]]
 
 
 def test_load_names_what_is_wrong(tmp_path, merging: Tokenizer) -> None:

@@ -473,12 +473,14 @@ def test_plan_cuts_every_row_into_steps(
     options = config_module.training(
         batch_tokens=batch_tokens, row_tokens=row_tokens, microbatch_rows=microbatch
     )
-    rows, accumulate, steps = loop.plan(source_rows, options, devices)
+    rows, accumulate, steps, batch = loop.plan(source_rows, options, devices)
     assert rows % devices == 0
     assert rows < microbatch + devices
-    assert (steps - 1) * rows * accumulate < source_rows <= steps * rows * accumulate
+    assert batch <= rows * accumulate < batch + rows
+    assert (steps - 1) * batch < source_rows <= steps * batch
     wanted = max(1, round(batch_tokens / row_tokens))
-    assert abs(rows * accumulate - wanted) <= max(rows / 2, devices)
+    assert abs(batch - wanted) <= min(wanted, microbatch) / 2
+    assert (steps, batch) == loop.plan(source_rows, options, 1)[2:]
 
 
 def test_a_host_batch_is_cut_into_microbatches_in_order(mesh: Mesh) -> None:

@@ -179,13 +179,14 @@ class PackedRows:
         Batch i holds the same examples whatever was read before, on any number of processes.
 
         Args:
-          mine: which rows of a batch to make, in this order; None: all.
+          mine: which rows of a batch to make, in this order; those from `rows` on are empty. None:
+            all.
           at_least: batches, the empty ones after the last being padding alone.
         """
         mine = range(rows) if mine is None else mine
 
         def batch(index: int) -> dict[str, np.ndarray]:
-            parts = [self[index * rows + r] for r in mine]
+            parts = [self[index * rows + r if r < rows else len(self)] for r in mine]
             return {name: np.stack([p[name] for p in parts]) for name in FIELDS}
 
         count = max(at_least, -(-len(self) // rows))

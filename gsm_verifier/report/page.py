@@ -160,10 +160,10 @@ _GROUPS: dict[str, dict[str, _Method]] = {
 _METHODS = {name: method for group in _GROUPS.values() for name, method in group.items()}
 _BASELINES = ("random", "majority", "logprob", "length", "integer_only")
 _STAGES = {
-    "pretrain": "Pretraining",
-    "finetune": "Generator",
+    "pretrained": "Pretraining",
+    "generator": "Generator",
     "baseline": "Fine-tuning baseline",
-    "verify": "Verifier",
+    "verifier": "Verifier",
 }
 _FEATURES = {
     "verifier": "the verifier's score",

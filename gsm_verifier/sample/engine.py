@@ -136,7 +136,7 @@ class Engine:
         if longest + self._sampling.max_tokens > self._config.max_length:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_tokens={self._sampling.max_tokens} exceed "
-                f"model.max_length={self._config.max_length}: raise it or lower max_tokens"
+                f"the model's max_length={self._config.max_length}: lower max_tokens"
             )
         with jax.set_mesh(self._mesh):
             yield from _Run(self, queue, math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET).loop()

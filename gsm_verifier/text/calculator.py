@@ -122,7 +122,7 @@ def _parse(tokens: list[str], binding: int, depth: int) -> Fraction:
         if tokens.pop() != ")":
             raise ValueError("parenthesis left open")
     else:
-        value = Fraction(token)  # ValueError for an operator, a `)` or the end
+        value = _bounded(Fraction(token))  # ValueError for an operator, a `)` or the end
     while tokens and _BINDING.get(tokens[-1], 0) > binding:
         operator = tokens.pop()
         # `**` groups to the right (2**3**2 is 2**9) and takes a signed exponent.
@@ -148,6 +148,10 @@ def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
             if right.denominator != 1 or (_bits(left) - 1) * abs(right) > MAX_BITS:
                 raise ValueError("irrational or too large")
             value = left**right.numerator
+    return _bounded(value)
+
+
+def _bounded(value: Fraction) -> Fraction:
     if _bits(value) > MAX_BITS:
         raise ValueError("too large")
     return value

@@ -69,6 +69,8 @@ class Tokenizer:
         self.end = next((vocabulary[n] for n in names if n in vocabulary), -1)
         if self.end < 0:
             raise ValueError(f"the tokenizer has none of the end-of-text tokens {', '.join(names)}")
+        # What it puts before any text: Llama 3 and Gemma were trained to see their `<bos>` there.
+        self.begin: list[int] = backend.encode("", add_special_tokens=True).ids
 
     @classmethod
     def load(cls, path: str | Path, end_token: str | None = None) -> "Tokenizer":
@@ -113,11 +115,16 @@ class Tokenizer:
 
     def question(self, text: str) -> list[int]:
         """Ids of a question as every model here reads it: a line of its own."""
-        return self.encode(text + "\n")
+        return [*self.begin, *self.encode(text + "\n")]
 
     def solution(self, text: str) -> list[int]:
         """Ids of a whole solution: the end-of-text token is its last."""
         return [*self.encode(text), self.end]
+
+    def documents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts of their own, from one end-of-text token, or what begins a text, to one."""
+        begin = self.begin or [self.end]
+        return [[*begin, *ids, self.end] for ids in self.encode_batch(texts)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         # Lone surrogates can't be encoded as UTF-8; they come from hostile JSON only.

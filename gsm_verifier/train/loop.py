@@ -39,19 +39,23 @@ class Plan(NamedTuple):
 
     Attributes:
       rows: rows of a microbatch. accumulate: microbatches of a step. steps: of the whole run.
+      batch: rows of a step that hold data, the same on any number of devices; the last of its
+        rows * accumulate are empty where the devices don't divide them.
     """
 
     rows: int
     accumulate: int
     steps: int
+    batch: int
 
 
 def plan(source_rows: int, options: Any, devices: int) -> Plan:
     """Cut `source_rows` rows into steps of about `options.batch_tokens` tokens."""
     wanted = max(1, round(options.batch_tokens / options.row_tokens))
-    rows = math.ceil(min(wanted, options.microbatch_rows) / devices) * devices
-    accumulate = max(1, round(wanted / rows))
-    return Plan(rows, accumulate, math.ceil(source_rows / (rows * accumulate)))
+    rows = min(wanted, options.microbatch_rows)
+    batch = rows * max(1, round(wanted / rows))
+    rows = math.ceil(rows / devices) * devices
+    return Plan(rows, math.ceil(batch / rows), math.ceil(source_rows / batch), batch)
 
 
 def make_optimizer(options: Any, steps: int) -> optax.GradientTransformation:
@@ -233,7 +237,7 @@ def fit(
             state, _ = checkpoints.restore(checkpoint.abstract(shapes, where))
         start = int(state.step)
         log.rewind(start)
-        batches = rows.batches(cut.rows * cut.accumulate, start, mine=mine)
+        batches = rows.batches(cut.batch, start, mine=mine)
         rate = optimizer.schedule(options.learning_rate, cut.steps, options.warmup_steps)
         began, tokens = time.perf_counter(), 0
         bar = tqdm(
