@@ -15,26 +15,14 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: what to run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes it.")
-_STAGES = flags.DEFINE_list(
-    "stages",
-    None,
-    "Of prepare, pretrain, finetune, sample, label, verify, score, rank, report: those to run, "
-    "instead of all.",
-)
+_SOME = "Some of prepare, pretrain, finetune, sample, label, verify, score, rank, report."
+_STAGES = flags.DEFINE_list("stages", None, _SOME)
 _PLAN = flags.DEFINE_bool("plan", False, "Run nothing: what would fit, and how long it would take.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "With --plan: a TPU slice, such as v5p:4x4x8.")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "This is one of many processes; the platform knows which."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Without a platform that knows: host:port of process 0."
-)
-_PROCESSES = flags.DEFINE_integer(
-    "processes", None, "With --coordinator: how many processes there are."
-)
-_PROCESS = flags.DEFINE_integer(
-    "process", None, "With --coordinator: which of them this is, from 0."
-)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of many processes of a platform.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Without one: host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which this is, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +33,6 @@ def main(argv: list[str]) -> None:
     import jax
 
     from gsm_verifier import pipeline, plan, processes
-    from gsm_verifier.stages import STAGES
     from gsm_verifier.train.loop import Stopped
 
     config = _CONFIG.value
@@ -65,7 +52,9 @@ def main(argv: list[str]) -> None:
             for line in plan.lines(config, _TOPOLOGY.value):
                 print(line, flush=True)
         else:
-            pipeline.run_stages(config, Path(_WORKDIR.value), _STAGES.value or list(STAGES))
+            pipeline.run_stages(
+                config, Path(_WORKDIR.value), _STAGES.value or list(pipeline.STAGES)
+            )
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"score"},  # values are computed on training's Batch
     {"stages"},
     {"pipeline", "plan"},
-    {"main", "api", "export"},
+    {"main", "api", "export", "compare"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STRANGERS = {("score", "sample"), ("score", "report")}  # though on different floors

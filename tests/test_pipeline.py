@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from gsm_verifier import pipeline, records
+from gsm_verifier import compare, pipeline, records
 from gsm_verifier.data import problems
 from gsm_verifier.records import Completion, Label, Score
 from gsm_verifier.text import answers
@@ -559,3 +559,17 @@ def test_two_runs_are_equal_and_two_seeds_differ(finished, tmp_path: Path, envir
     assert list(ours) == list(theirs)
     assert not [name for name in ours if ours[name] == theirs[name]]
     assert results_of(tmp_path / "other")["seed"] == 1
+
+
+def test_runs_are_compared_in_one_table(finished, tmp_path: Path) -> None:
+    lines = compare.table([finished.folder, finished.folder]).splitlines()
+    assert lines[0] == "| right, % [95 % interval], N = 10 | whole | whole | mean |"
+    results = results_of(finished.folder)
+    (majority,) = [row for row in results["accuracy"]["majority"] if row["n"] == 10]
+    mean = f"{100 * majority['value']:.1f}"
+    (line,) = [line for line in lines if line.startswith("| majority vote |")]
+    cell = f"{mean} [{100 * majority['low']:.1f}, {100 * majority['high']:.1f}]"
+    assert line == f"| majority vote | {cell} | {cell} | {mean} |"
+    assert any(line.startswith("| verifier, best of N less finetuning baseline") for line in lines)
+    with pytest.raises(ValueError, match="holds no results"):
+        compare.table([tmp_path])

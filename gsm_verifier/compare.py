@@ -1,0 +1,86 @@
+"""One table of several runs' results, in Markdown: seeds side by side, or settings.
+
+    python -m gsm_verifier.compare runs/quickstart runs/quickstart-1 runs/quickstart-2
+
+Accuracies are at the largest N the runs share; under them, the paired differences.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app
+
+from gsm_verifier.pipeline import METHODS
+
+
+def table(folders: Sequence[Path]) -> str:
+    """Accuracy of every method and the verifier's paired differences, a column for every run.
+
+    Raises:
+      ValueError: a folder without results, or runs that share no number of samples.
+    """
+    results = [_read(folder) for folder in folders]
+    ns = [{row["n"] for row in found["accuracy"]["random"]} for found in results]
+    shared = set.intersection(*ns)
+    if not shared:
+        raise ValueError("the runs have no number of samples N in common")
+    n = max(shared)
+    names = [name for name in METHODS if any(name in found["accuracy"] for found in results)]
+    lines = [
+        _line(f"right, % [95 % interval], N = {n}", *(folder.name for folder in folders), "mean"),
+        _line(*["---"] * (len(folders) + 2)),
+    ]
+    for name in names:
+        at = 1 if name == "greedy" else n
+        rows = [_at(found["accuracy"].get(name, []), n=at) for found in results]
+        lines.append(_row(METHODS[name], rows, "value", "{:.1f}"))
+    pairs = [(row["a"], row["b"]) for row in results[0]["paired"] if row["n"] == n]
+    for a, b in pairs:
+        rows = [_at(found["paired"], a=a, b=b, n=n) for found in results]
+        name = f"{METHODS[a]} less {METHODS[b]}, paired"
+        lines.append(_row(name, rows, "difference", "{:+.1f}"))
+    return "\n".join(lines)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "results.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no results: {error}; finish its run") from error
+
+
+def _at(rows: Sequence[dict[str, Any]], **keys: Any) -> dict[str, Any] | None:
+    return next((row for row in rows if all(row[k] == v for k, v in keys.items())), None)
+
+
+def _row(name: str, rows: Sequence[dict[str, Any] | None], key: str, form: str) -> str:
+    def percent(value: float) -> str:
+        return form.format(100 * value)
+
+    cells = [
+        f"{percent(row[key])} [{percent(row['low'])}, {percent(row['high'])}]" if row else ""
+        for row in rows
+    ]
+    known = [row[key] for row in rows if row]
+    return _line(name, *cells, percent(sum(known) / len(known)))
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: list[str]) -> None:
+    """The command; an expected error is one line."""
+    if not argv[1:]:
+        raise app.UsageError("name the work directories of runs")
+    try:
+        print(table([Path(name) for name in argv[1:]]))
+    except ValueError as error:
+        sys.exit(f"gsm_verifier: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
