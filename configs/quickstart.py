@@ -30,7 +30,7 @@ def get_config(size: str = "") -> ConfigDict:
         source="synthetic",
         difficulty=1,
         trials=0.8,
-        train_size=500,
+        train_size=450,
         heldout_fraction=0.1,
         test_size=300,
     )
@@ -39,8 +39,8 @@ def get_config(size: str = "") -> ConfigDict:
     shared = dict(row_tokens=256, microbatch_rows=4, clip_norm=1.0, warmup_steps=10)
     config.finetune.update(learning_rate=4e-4, batch_tokens=1024, **shared)
     config.baseline.update(learning_rate=3e-4, batch_tokens=2048, **shared)
-    config.verify.update(learning_rate=1.5e-3, batch_tokens=2048, branches=6, **shared)
-    config.verify.update(row_tokens=512, microbatch_rows=2)
+    config.verify.update(learning_rate=1.5e-3, batch_tokens=2048, branches=20, **shared)
+    config.verify.eval_every = 250
     config.sample.update(
         completions=20,
         heldout_completions=20,
@@ -48,7 +48,7 @@ def get_config(size: str = "") -> ConfigDict:
         prompts=32,
         slots=10,
     )
-    config.score.update(row_tokens=512, rows=16, aggregate="min")
+    config.score.update(row_tokens=256, rows=16, aggregate="min")
     if size == "pretrain":
         _pretrain(config)
     elif size == "tiny":
@@ -63,21 +63,21 @@ def _from_scratch(config: ConfigDict, **sizes: int) -> None:
 
 
 def _pretrain(config: ConfigDict) -> None:
-    config.data.update(train_size=5000, trials=0.5)  # for the tokenizer
+    config.data.train_size = 5000  # for the tokenizer
     config.text.update(vocab_size=2047, numbers=1000)
     _from_scratch(
         config,
         layers=6,
         width=128,
         heads=4,
-        kv_heads=1,
+        kv_heads=2,
         head_size=32,
-        mlp_width=448,
+        mlp_width=416,
         max_length=384,
     )
     config.pretrain.update(
         epochs=1.0,
-        generated=100_000,
+        generated=65_000,
         learning_rate=3e-3,
         batch_tokens=2048,
         row_tokens=256,

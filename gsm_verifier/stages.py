@@ -219,7 +219,7 @@ def _documents(run: Run) -> Iterator[str]:
     options, data = run.config.pretrain, run.config.data
     if options.documents:
         return documents.read(options.documents)
-    return synthetic.documents(options.generated, data.seed, data.difficulty)
+    return synthetic.documents(options.generated, data.seed, data.difficulty, data.trials)
 
 
 def _fit(

@@ -53,7 +53,7 @@ LEVELS = {
     4: Level(4, (3, 8), 0.85, (0.6, 2), keep=0.6, shuffle=0.5, words=0.3, phrasings=9),
     5: Level(5, (4, 8), 1.00, (0.9, 3), keep=0.8, shuffle=0.5, words=0.4, phrasings=9),
 }
-TRIALS = 0.5  # the share of problems that are trials, in documents too
+TRIALS = 0.5  # the share of problems that are trials
 # A question belongs to the one split that its own hash points at, whatever seed or size drew it.
 SPLITS = {"train": (0, 50), "heldout": (50, 75), "test": (75, 100)}
 
@@ -147,7 +147,7 @@ def generate(
 # --- text for pretraining ---------------------------------------------------------------------
 
 
-def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
+def documents(size: int, seed: int, difficulty: int = 2, trials: float = TRIALS) -> Iterator[str]:
     """Short texts from the same world, for the language model that fine-tuning starts from.
 
     They teach the words, the copying of numbers and names, the annotations, arithmetic in context,
@@ -157,6 +157,8 @@ def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
     statement before it: so no document contains one.
     """
     dice = Dice(f"documents/{seed}/{difficulty}")
+    fewest, most = LEVELS[difficulty].steps
+    steps = fewest, most + 1  # a little more than is asked for
     for _ in range(size):
         u = dice.below(100)
         if u < 8:
@@ -166,24 +168,26 @@ def documents(size: int, seed: int, difficulty: int = 2) -> Iterator[str]:
         elif u < 18:
             yield _compared(dice)
         else:
-            scene, ask = _scene(dice, difficulty, (2, 8))
+            scene, ask = _scene(dice, difficulty, steps, trials)
             scene = _supposed(scene)
-            if u < 30:
+            if u < 25:
                 yield _one_step(scene)
-            elif u < 45:
+            elif u < 35:
                 yield _judged(scene)
-            elif u < 50:
+            elif u < 40:
                 yield _retold(scene)
-            elif u < 55:
-                other, _ = _scene(dice, difficulty, (2, 8))
+            elif u < 45:
+                other, _ = _scene(dice, difficulty, steps, trials)
                 name = dice.pick(schemas.WORDS["person"])[""]
                 asked = dice.pick(schemas.ASKING).format(name=name, ask=scene.asked(ask))
                 yield f"{asked} {_excerpt(other)}"
             else:
                 story = scene.story()
-                questions = {f"{story} {scene.asked((wording,))}" for wording in ask}
-                ours = all(split_of(question) == "train" for question in questions)
-                yield _worked(scene, story) if ours else _one_step(scene)
+                while any(split_of(f"{story} {scene.asked((w,))}") != "train" for w in ask):
+                    scene, ask = _scene(dice, difficulty, steps, trials)
+                    scene = _supposed(scene)
+                    story = scene.story()
+                yield _worked(scene, story)
 
 
 def _supposed(scene: Scene) -> Scene:
