@@ -76,10 +76,6 @@ class Checkpoints:
         """The newest step, None where nothing has been saved."""
         return self._checkpointer.latest.step if self._checkpointer.latest else None
 
-    @property
-    def steps(self) -> list[int]:
-        return [c.step for c in self._checkpointer.checkpoints]
-
     def save(self, step: int, tree: Any, meta: dict[str, Any] | None = None) -> None:
         """Save and wait until it is on disk; what a killed run left at the step is replaced."""
         self._checkpointer.save(

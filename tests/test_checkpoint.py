@@ -109,12 +109,16 @@ def test_hashes_tell_order_and_zero_signs_apart() -> None:
     assert len({checkpoint.hashes({"x": jnp.array(v)})["x"] for v in values}) == 3
 
 
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path: Path, make_mesh: MakeMesh) -> None:
     store = Checkpoints(tmp_path, keep=2)
     assert store.latest is None
     for step in (1, 3, 12):
         store.save(step, placed(make_mesh, (1, 1, 1), host_tree(step)))
-    assert (store.steps, store.latest) == ([3, 12], 12)
+    assert (steps_in(tmp_path), store.latest) == ([3, 12], 12)
     store.close()
     store = Checkpoints(tmp_path, keep=2)
     assert store.latest == 12
@@ -202,7 +206,7 @@ def test_a_stray_step_is_put_aside_and_blocks_nothing(saved: Path, make_mesh: Ma
         (saved / "9").mkdir()
         (saved / "9" / "half").write_text(str(time))
         store = Checkpoints(saved, keep=2)
-        assert store.steps == [5]
+        assert steps_in(saved) == [5]
         assert same_bits(store.restore(like(make_mesh))[0], host_tree())
         store.close()
     aside = sorted(p for p in saved.iterdir() if p.name.startswith("damaged-9"))
@@ -212,7 +216,7 @@ def test_a_stray_step_is_put_aside_and_blocks_nothing(saved: Path, make_mesh: Ma
     store.save(9, placed(make_mesh, (1, 1, 1), host_tree(9)))
     store.close()
     store = Checkpoints(saved, keep=2)
-    assert store.steps == [7, 9]
+    assert steps_in(saved) == [7, 9]
     assert same_bits(store.restore(like(make_mesh))[0], host_tree(9))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import make_config
 from flax import linen as nn
@@ -317,7 +318,7 @@ def test_grouped_heads_are_shared_heads_repeated() -> None:
         return jnp.repeat(x, 2, name.split("_")[1].index("K") + 1) if "_DKH" in name else x
 
     repeated = jax.tree.map_with_path(repeat, params)
-    assert transformer.count(repeated) > transformer.count(params)
+    assert optax.tree.size(repeated) > optax.tree.size(params)
     tokens_BT = random_tokens(2, 8)
     np.testing.assert_allclose(
         run(grouped, params, tokens_BT),
@@ -486,7 +487,7 @@ def test_parameter_count_is_the_formula_of_scaling_laws(family: str) -> None:
     head = 2
     assert config.parameters == L * matrices[family]
     shapes = transformer.shapes(config)
-    assert transformer.count(shapes) == L * matrices[family] + rest[family] + head
+    assert optax.tree.size(shapes) == L * matrices[family] + rest[family] + head
     weights = [
         x.size
         for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]

@@ -10,7 +10,7 @@ language model never predicts that token, so a generator is a verifier whose hea
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -386,8 +386,3 @@ def unstack(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     for i in range(config.layers):
         tree[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
     return config.with_(scan_layers=False), {"params": tree}
-
-
-def count(tree: Sequence[Any] | Any) -> int:
-    """Number of scalars in a tree of arrays."""
-    return sum(x.size for x in jax.tree.leaves(tree))
