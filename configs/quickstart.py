@@ -30,7 +30,7 @@ def get_config(size: str = "") -> ConfigDict:
         source="synthetic",
         difficulty=1,
         trials=0.8,
-        train_size=450,
+        train_size=350,
         heldout_fraction=0.1,
         test_size=300,
     )
