@@ -120,7 +120,7 @@ def test_what_is_public_has_a_docstring(module: str) -> None:
 
 
 def test_main_is_short() -> None:
-    assert len((PACKAGE / "main.py").read_text().splitlines()) <= 70
+    assert len((PACKAGE / "main.py").read_text().splitlines()) <= 75
 
 
 IMPORT_ALL = """
