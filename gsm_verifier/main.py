@@ -6,12 +6,15 @@ Every key of the config can be overridden: --config.sample.temperature=1.0
 """
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from gsm_verifier.config import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: what to run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes it.")
@@ -30,12 +33,15 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown argument {argv[1]}")
     logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend
+    try:
+        validate(config := _CONFIG.value)
+    except (ValueError, OSError) as error:  # before the seconds it takes to import what follows
+        sys.exit(f"gsm_verifier: {error}")
     import jax
 
     from gsm_verifier import pipeline, plan, processes
     from gsm_verifier.train.loop import Stopped
 
-    config = _CONFIG.value
     try:
         if "://" in (_WORKDIR.value or ""):
             raise ValueError(f"--workdir={_WORKDIR.value}: a folder is wanted; mount the bucket")
@@ -52,9 +58,8 @@ def main(argv: list[str]) -> None:
             for line in plan.lines(config, _TOPOLOGY.value):
                 print(line, flush=True)
         else:
-            pipeline.run_stages(
-                config, Path(_WORKDIR.value), _STAGES.value or list(pipeline.STAGES)
-            )
+            stages = _STAGES.value or list(pipeline.STAGES)
+            pipeline.run_stages(config, Path(_WORKDIR.value), stages)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise
@@ -62,6 +67,18 @@ def main(argv: list[str]) -> None:
     except Stopped as stopped:
         print(f"gsm_verifier: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # as if it had killed the process, so that it is run again
+    except KeyboardInterrupt:
+        print("gsm_verifier: interrupted; run again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """The arguments without the flags; a key that doesn't exist is one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        told = re.sub(r"\\n|['\\\n]+", " ", str(error)).strip()
+        sys.exit(f"gsm_verifier: config has no key {told}")
 
 
 if __name__ == "__main__":
@@ -69,4 +86,4 @@ if __name__ == "__main__":
     flags.register_multi_flags_validator(
         ["workdir", "plan"], lambda x: x["workdir"] or x["plan"], "--workdir is missing"
     )
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -75,7 +75,7 @@ def _run_stage(run: Run, name: str) -> None:
     try:
         if processes.first() or not stage.alone:
             stage.run(run)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         # What made nothing, or makes it all anew, may be begun again with a mended config.
         made = resumed or set(run.folder.rglob("*")) - before
         if processes.first() and (stage.alone or not made):

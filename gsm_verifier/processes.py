@@ -56,7 +56,7 @@ def largest(*numbers: int) -> list[int]:
 
 
 class Termination:
-    """Within it, SIGTERM doesn't end the process but is noted, for all processes to see.
+    """Within it, SIGTERM, or a Ctrl-C, doesn't end the process but is noted, for all to see.
 
     with Termination() as termination:
         ...
@@ -67,6 +67,8 @@ class Termination:
         self._noted = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._noted and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C doesn't wait for the end of the step
         self._noted = True
 
     def asked(self) -> bool:
@@ -74,7 +76,7 @@ class Termination:
         return bool(largest(self._noted)[0])
 
     def __enter__(self) -> "Termination":
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._before = [(n, signal.signal(n, self._note)) for n in (signal.SIGTERM, signal.SIGINT)]
         return self
 
     def __exit__(
@@ -83,4 +85,5 @@ class Termination:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before:
+            signal.signal(number, handler)

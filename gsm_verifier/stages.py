@@ -233,7 +233,15 @@ def _fit(
     held_out: Sequence[Tree],
     objective: Objective | None = None,
 ) -> None:
-    """Train a model of the run and save it; 0 epochs save what training would start from."""
+    """Train a model of the run and save it; 0 epochs save what training would start from.
+
+    One that is saved is left alone: its stage trains another one too, and was cut in that.
+    """
+    store = checkpoint.Checkpoints(run.folder / name)
+    saved = store.latest is not None
+    store.close()
+    if saved:
+        return
     if not run.config[stage].epochs:
         _save(run, name, model, params)
         return

@@ -120,7 +120,7 @@ def test_what_is_public_has_a_docstring(module: str) -> None:
 
 
 def test_main_is_short() -> None:
-    assert len((PACKAGE / "main.py").read_text().splitlines()) <= 75
+    assert len((PACKAGE / "main.py").read_text().splitlines()) <= 90
 
 
 IMPORT_ALL = """

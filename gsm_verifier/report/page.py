@@ -600,7 +600,7 @@ def _audit(verifier: dict[str, Any]) -> list[tuple[str, float | None, float | No
     return [
         (_FEATURES.get(name, name), areas[name], areas.get(f"{name}_within"))
         for name in areas
-        if not name.endswith("_within") and (name != "verifier" or areas[name] is not None)
+        if not name.endswith("_within") and (name != "verifier" or "auroc" in verifier)
     ]
 
 

@@ -271,6 +271,7 @@ def fit(
             if stop or (done % options.checkpoint_every == 0 and done < cut.steps):
                 checkpoints.save(done, state)
             if stop:
+                bar.close()
                 raise Stopped(f"{name}: stopped and saved at step {done}; run again to go on")
         bar.close()
         checkpoints.close()
