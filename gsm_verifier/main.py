@@ -6,7 +6,6 @@ Every key of the config can be overridden: --config.sample.temperature=1.0
 """
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -77,7 +76,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except AttributeError as error:
-        told = re.sub(r"\\n|['\\\n]+", " ", str(error)).strip()
+        told = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
         sys.exit(f"gsm_verifier: config has no key {told}")
 
 
