@@ -126,6 +126,7 @@ def sample_results() -> dict[str, Any]:
             "missed": 0.271,
             "impossible": 0.106,
         },
+        "numeric": {"greedy": 0.2, "random": 0.15},
         "timing": {
             "pretrain": 5231.4,
             "finetune": 312.0,
