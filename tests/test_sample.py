@@ -476,7 +476,7 @@ def test_nothing_to_do_and_too_much(engine: Engine, config, params, prompts) -> 
     with pytest.raises(ValueError, match=r"lower max_tokens$") as error:
         collect(engine, [Request("p1", prompts["p1"], range(1)), Request("p0", ids, range(1))])
     assert f"a prompt of {room + 1} tokens and max_tokens={MAX_TOKENS} " in str(error.value)
-    assert f"model.max_length={config.max_length}" in str(error.value)
+    assert f"max_length={config.max_length}" in str(error.value)
     assert "\n" not in str(error.value)
     fits = collect(engine, [Request("p0", ids[:room], range(3))])
     for completion in fits.values():
