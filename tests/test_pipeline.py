@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from configs import quickstart
 from gsm_verifier import compare, pipeline, records
 from gsm_verifier.data import problems
 from gsm_verifier.records import Completion, Label, Score
@@ -246,7 +246,7 @@ def test_a_changed_config_is_refused_with_old_and_new(
 
 def tiny(**keys: Any) -> ConfigDict:
     """configs/quickstart.py:tiny with other values for some keys; `__` is a dot."""
-    config = quickstart.get_config("tiny")
+    config = runpy.run_path(str(REPOSITORY / "configs/quickstart.py"))["get_config"]("tiny")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in keys.items()})
     return config
 
