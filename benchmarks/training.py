@@ -44,11 +44,7 @@ def stepping(
     cut = loop.plan(len(rows), options, model.mesh.size)
     tx = loop.make_optimizer(options, cut.steps)
     where = loop.state_shardings(model.config, tx, model.mesh)[1]
-    step = jax.jit(
-        loop.make_step(Transformer(model.config), Objective(), tx, seed=0),
-        donate_argnums=0,
-        out_shardings=(where, None),
-    )
+    step = loop.jit_step(Transformer(model.config), Objective(), tx, 0, where)
     moments = jax.jit(tx.init, out_shardings=where.opt_state)(model.params)
     state = loop.TrainState(
         contest.headed(model), moments, jnp.zeros((), jnp.int32, device=where.step)

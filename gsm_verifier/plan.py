@@ -28,11 +28,11 @@ from gsm_verifier import checkpoint, hlo, score, sharding
 from gsm_verifier.config import validate
 from gsm_verifier.data.packing import FIELDS
 from gsm_verifier.model import config as model_config
-from gsm_verifier.model import hf, transformer
+from gsm_verifier.model import transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Transformer
 from gsm_verifier.sample import decode, engine
-from gsm_verifier.stages import SYNTHETIC_SIZES, Run
+from gsm_verifier.stages import Run, synthetic_sizes
 from gsm_verifier.train import loop
 from gsm_verifier.train.batch import Batch, verifier_trees
 from gsm_verifier.train.losses import Objective
@@ -309,22 +309,18 @@ class Programs:
 
 def model_of(config: ConfigDict) -> ModelConfig:
     """The model of a config; where it has no tokenizer yet, of as many tokens as are wanted."""
-    start = Run(config, Path()).start
-    if start:
-        return hf.read_config(start).with_(dtype=config.model.dtype, remat=config.model.remat)
-    return model_config.from_keys(config.model, config.text.vocab_size)
+    run = Run(config, Path())
+    return run.model if run.start else model_config.from_keys(config.model, config.text.vocab_size)
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:
     """Problems of every split, as `stages.prepare` makes them."""
     data = config.data
     if data.source == "synthetic":
-        train, test = data.train_size or SYNTHETIC_SIZES["train"], SYNTHETIC_SIZES["test"]
-        heldout = round(train * data.heldout_fraction)
-    else:
-        heldout = round(TRAIN * data.heldout_fraction)
-        train, test = min(data.train_size or TRAIN, TRAIN - heldout), TEST
-    return {"train": train, "heldout": heldout, "test": data.test_size or test}
+        return synthetic_sizes(data)
+    heldout = round(TRAIN * data.heldout_fraction)
+    train = min(data.train_size or TRAIN, TRAIN - heldout)
+    return {"train": train, "heldout": heldout, "test": data.test_size or TEST}
 
 
 COLUMNS = (

@@ -135,19 +135,20 @@ class Run:
             store.close()
 
 
+def synthetic_sizes(data: ConfigDict) -> dict[str, int]:
+    """Generated problems of every split, by `config.data`."""
+    train = data.train_size or SYNTHETIC_SIZES["train"]
+    heldout = round(train * data.heldout_fraction)
+    return {"train": train, "heldout": heldout, "test": data.test_size or SYNTHETIC_SIZES["test"]}
+
+
 def prepare(run: Run) -> None:
     """Problems of the three splits, and the tokenizer (section 2)."""
     data = run.config.data
     if data.source == "synthetic":
-        train_size = data.train_size or SYNTHETIC_SIZES["train"]
-        sizes = {
-            "train": train_size,
-            "heldout": round(train_size * data.heldout_fraction),
-            "test": data.test_size or SYNTHETIC_SIZES["test"],
-        }
         splits = {
             split: synthetic.generate(split, size, data.seed, data.difficulty, data.trials)
-            for split, size in sizes.items()
+            for split, size in synthetic_sizes(data).items()
         }
     else:
         source = data.path or "gsm8k"

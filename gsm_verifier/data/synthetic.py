@@ -159,6 +159,11 @@ def documents(size: int, seed: int, difficulty: int = 2, trials: float = TRIALS)
     dice = Dice(f"documents/{seed}/{difficulty}")
     fewest, most = LEVELS[difficulty].steps
     steps = fewest, most + 1  # a little more than is asked for
+
+    def drawn() -> tuple[Scene, tuple[Template, ...]]:
+        scene, ask = _scene(dice, difficulty, steps, trials)
+        return _supposed(scene), ask
+
     for _ in range(size):
         u = dice.below(100)
         if u < 8:
@@ -168,8 +173,7 @@ def documents(size: int, seed: int, difficulty: int = 2, trials: float = TRIALS)
         elif u < 18:
             yield _compared(dice)
         else:
-            scene, ask = _scene(dice, difficulty, steps, trials)
-            scene = _supposed(scene)
+            scene, ask = drawn()
             if u < 25:
                 yield _one_step(scene)
             elif u < 35:
@@ -184,8 +188,7 @@ def documents(size: int, seed: int, difficulty: int = 2, trials: float = TRIALS)
             else:
                 story = scene.story()
                 while any(split_of(f"{story} {scene.asked((w,))}") != "train" for w in ask):
-                    scene, ask = _scene(dice, difficulty, steps, trials)
-                    scene = _supposed(scene)
+                    scene, ask = drawn()
                     story = scene.story()
                 yield _worked(scene, story)
 
