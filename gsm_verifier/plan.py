@@ -198,13 +198,14 @@ class Programs:
         shapes, where = loop.state_shardings(model, tx, self._mesh)
         net = Transformer(model, dropout=options.dropout)
         A, B, T = cut.accumulate, cut.rows, options.row_tokens
+        tokens = cut.batch * T  # rows that only fill the devices serve none
         return Program(
-            what=f"step of {A * B * T:,} tokens",
-            serves=A * B * T,
+            what=f"step of {tokens:,} tokens",
+            serves=tokens,
             key=("train", A, B, T, options.dropout > 0, options.clip_norm > 0),
             jitted=loop.jit_step(net, Objective(), tx, self._config.seed, where),
             arguments=(checkpoint.abstract(shapes, where), self._batch(A, B, T)),
-            useful=6 * A * B * T * (model.parameters + model.vocab_size * model.width),
+            useful=6 * tokens * (model.parameters + model.vocab_size * model.width),
         )
 
     def sample(self) -> tuple[Program, Program]:
