@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from gsm_verifier import sharding
 from gsm_verifier.model.attention import HIDDEN, Look, Packed
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.sharding import constrain, tree_shardings
@@ -62,6 +63,12 @@ def _product_backward(formula: str, kept: Any, g: jax.Array) -> tuple[jax.Array,
     of_x, of_w, of_y = re.split(",|->", formula.replace("...", "abcd"[: x.ndim - 1]))
     g = g.astype(x.dtype)
     dx = _product(f"{of_y},{of_w}->{of_x}", g, w)
+    if sharding.platform() == "cpu":
+        # XLA:CPU runs x.T @ g from bfloat16 at the speed of float32, a fifth of what it makes of a
+        # left side that lies transposed in memory; the barrier keeps it from undoing that.
+        rows = "".join(letter for letter in of_x if letter not in of_w)
+        lying = "".join(letter for letter in of_x if letter in of_w) + rows
+        x, of_x = jax.lax.optimization_barrier(jnp.einsum(f"{of_x}->{lying}", x)), lying
     dw = _product(f"{of_x},{of_y}->{of_w}", x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -260,7 +267,11 @@ class Transformer(nn.Module):
             self.position_TD = self.param(
                 "position_TD", _normal("TD", c.init_scale), (c.max_length, c.width)
             )
-        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        # XLA:CPU keeps what a loop's iterations leave for the backward pass in one array of all
+        # layers, and rewrites all of it in every iteration where it is bfloat16: 30 layers of
+        # SmolLM2-135M train at 1.8 times the speed when the loop is unrolled.
+        unrolled = not c.scan_layers or sharding.platform() == "cpu"
+        block = nn.remat(Block, prevent_cse=unrolled) if c.remat else Block
         if c.scan_layers:
             self.layers = nn.scan(
                 block,
@@ -268,6 +279,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, 0),
                 length=c.layers,
+                unroll=c.layers if unrolled else 1,
                 metadata_params={nn.PARTITION_NAME: "L"},
             )(c, self.dropout)
         else:
