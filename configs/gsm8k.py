@@ -108,10 +108,11 @@ def smollm2(config: ConfigDict) -> None:
     real(config, Preset("models/smollm2", 1e-4))
     config.mesh.cpu_devices = 2
     config.model.remat = False
+    # By its tokenizer a problem has 540 tokens at most, a question 224.
     for stage in TRAINED:
-        config[stage].update(row_tokens=768, microbatch_rows=2, batch_tokens=12_288)
-        config[stage].update(warmup_steps=10, eval_every=25, checkpoint_every=25)
-    config.score.update(row_tokens=768, rows=2)
+        config[stage].update(row_tokens=576, microbatch_rows=2, batch_tokens=5760)
+        config[stage].update(warmup_steps=10, eval_every=50, checkpoint_every=25)
+    config.score.update(row_tokens=576, rows=2)
     config.baseline.epochs = 0.0
     config.data.update(test_size=200)
     config.sample.update(train_problems=300, completions=20, heldout_completions=0)
