@@ -2,7 +2,8 @@
 
     python -m gsm_verifier.compare runs/quickstart runs/quickstart-1 runs/quickstart-2
 
-Accuracies are at the largest N the runs share; under them, the paired differences.
+Accuracies are at the largest N the runs share; under them, the paired differences. Runs that differ
+in nothing but their seeds get a column of means.
 """
 
 import json
@@ -29,19 +30,19 @@ def table(folders: Sequence[Path]) -> str:
         raise ValueError("the runs have no number of samples N in common")
     n = max(shared)
     names = [name for name in METHODS if any(name in found["accuracy"] for found in results)]
-    lines = [
-        _line(f"right, % [95 % interval], N = {n}", *(folder.name for folder in folders), "mean"),
-        _line(*["---"] * (len(folders) + 2)),
-    ]
+    mean = len(results) > 1 and all(_setting(r) == _setting(results[0]) for r in results)
+    head = [f"right, % [95 % interval], N = {n}", *(folder.name for folder in folders)]
+    head += ["mean"] * mean
+    lines = [_line(*head), _line(*["---"] * len(head))]
     for name in names:
         at = 1 if name == "greedy" else n
         rows = [_at(found["accuracy"].get(name, []), n=at) for found in results]
-        lines.append(_row(METHODS[name], rows, "value", "{:.1f}"))
+        lines.append(_row(METHODS[name], rows, "value", "{:.1f}", mean))
     pairs = [(row["a"], row["b"]) for row in results[0]["paired"] if row["n"] == n]
     for a, b in pairs:
         rows = [_at(found["paired"], a=a, b=b, n=n) for found in results]
         name = f"{METHODS[a]} less {METHODS[b]}, paired"
-        lines.append(_row(name, rows, "difference", "{:+.1f}"))
+        lines.append(_row(name, rows, "difference", "{:+.1f}", mean))
     return "\n".join(lines)
 
 
@@ -56,7 +57,13 @@ def _at(rows: Sequence[dict[str, Any]], **keys: Any) -> dict[str, Any] | None:
     return next((row for row in rows if all(row[k] == v for k, v in keys.items())), None)
 
 
-def _row(name: str, rows: Sequence[dict[str, Any] | None], key: str, form: str) -> str:
+def _setting(results: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without its seeds."""
+    config = {key: value for key, value in results["config"].items() if key != "seed"}
+    return config | {"data": {k: v for k, v in config["data"].items() if k != "seed"}}
+
+
+def _row(name: str, rows: Sequence[dict[str, Any] | None], key: str, form: str, mean: bool) -> str:
     def percent(value: float) -> str:
         return form.format(100 * value)
 
@@ -65,7 +72,7 @@ def _row(name: str, rows: Sequence[dict[str, Any] | None], key: str, form: str) 
         for row in rows
     ]
     known = [row[key] for row in rows if row]
-    return _line(name, *cells, percent(sum(known) / len(known)))
+    return _line(name, *cells, *[percent(sum(known) / len(known))] * mean)
 
 
 def _line(*cells: str) -> str:

@@ -571,5 +571,13 @@ def test_runs_are_compared_in_one_table(finished, tmp_path: Path) -> None:
     cell = f"{mean} [{100 * majority['low']:.1f}, {100 * majority['high']:.1f}]"
     assert line == f"| majority vote | {cell} | {cell} | {mean} |"
     assert any(line.startswith("| verifier, best of N less finetuning baseline") for line in lines)
+    assert compare.table([finished.folder]).splitlines()[0].endswith("| whole |")
+    other = tmp_path / "other"
+    other.mkdir()
+    for key, means in (("seed", True), ("verify", False)):  # of seeds, not of settings
+        config = results["config"] | {key: 7}
+        (other / "results.json").write_text(json.dumps(results | {"config": config}))
+        head = compare.table([finished.folder, other]).splitlines()[0]
+        assert head.endswith("| mean |") == means
     with pytest.raises(ValueError, match="holds no results"):
         compare.table([tmp_path])
