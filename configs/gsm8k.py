@@ -116,7 +116,8 @@ def smollm2(config: ConfigDict) -> None:
     config.baseline.epochs = 0.0
     config.data.update(test_size=200)
     config.sample.update(train_problems=300, completions=20, heldout_completions=0)
-    config.sample.update(test_completions=20, max_tokens=300, prompts=8, slots=20)
+    # Fewer slots than completions: one that is done early makes room for the next.
+    config.sample.update(test_completions=20, max_tokens=240, prompts=48, slots=4)
     config.records.shard_problems = 25
 
 
