@@ -215,12 +215,14 @@ def test_import_and_export_give_back_every_bit(
 def test_base_models_without_prefix_and_with_buffers(
     transformers: Any, mesh: Mesh, tmp_path: Path
 ) -> None:
-    """GPT-2's own checkpoint: no `transformer.` before the names, and stored masks."""
+    """GPT-2's own checkpoint: no `transformer.` before the names, and stored masks; Pythia's are of
+    bytes."""
     theirs = random_model(transformers, "gpt2")
     theirs.transformer.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / hf.WEIGHTS)
     assert "wte.weight" in tensors
     tensors["h.0.attn.bias"] = np.ones((1, 1, 256, 256), np.float32)
+    tensors["h.1.attn.bias"] = np.ones((1, 1, 256, 256), np.uint8)
     save_file(tensors, tmp_path / hf.WEIGHTS)
     config, params = hf.load(tmp_path, mesh)
     ids = ids_of(10)

@@ -295,7 +295,8 @@ INERT = frozenset(
         attn_implementation _attn_implementation cache_implementation is_decoder
         return_dict output_hidden_states output_attentions id2label label2id
         num_labels chunk_size_feed_forward unsloth_fixed unsloth_version
-        _sliding_window_pattern""",
+        _sliding_window_pattern output_past n_special predict_special_tokens
+        tokenizer_class _attn_implementation_autoset""",
     )
 )
 # Tensors that are no parameters: masks and frequencies that old versions stored.

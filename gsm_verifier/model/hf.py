@@ -358,6 +358,8 @@ class _Tensors:
         for file in self._files():
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                    if BUFFERS.fullmatch(name):  # Pythia's masks are bytes
+                        continue
                     piece = tensors.get_slice(name)
                     if piece.get_dtype() not in DTYPES:
                         raise ValueError(

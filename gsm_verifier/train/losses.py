@@ -21,7 +21,7 @@ class Objective(NamedTuple):
 
     loss: str = "mse"
     squash: str = "none"
-    chunk: int = 512
+    chunk: int = 128
 
 
 def squashed(raw: jax.Array, squash: str) -> jax.Array:
