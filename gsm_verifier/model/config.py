@@ -32,7 +32,8 @@ class ModelConfig:
       rope_linear: positions are divided by it.
       rope_llama3: Llama 3's scaling: factor, low and high frequency factor, original length.
       dtype: of the computation, "float32" | "bfloat16"; parameters are always float32.
-      scan_layers: one set of stacked layers under lax.scan (compiles in the time of one layer)
+      scan_layers: one set of stacked layers under lax.scan (compiles in the time of one layer,
+        but on CPU, where the loop is unrolled)
         or one set of parameters per layer (decodes faster: no slice of the stack is copied).
       remat: recompute a layer's activations in the backward pass.
     """

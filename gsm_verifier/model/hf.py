@@ -358,7 +358,7 @@ class _Tensors:
         for file in self._files():
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                    if BUFFERS.fullmatch(name):  # Pythia's masks are bytes
+                    if BUFFERS.fullmatch(name):  # of any dtype: Pythia's masks are bytes
                         continue
                     piece = tensors.get_slice(name)
                     if piece.get_dtype() not in DTYPES:
@@ -494,7 +494,7 @@ def _check_tensors(
                     f"{CONFIG} makes it {list(place.shape)}: take both from the same checkpoint"
                 )
     for name in source.shapes:
-        if name in wanted or BUFFERS.fullmatch(name):
+        if name in wanted:
             continue
         table = form.tensors["embed_VD"][0].removeprefix(base)
         if model.tied and name == form.tensors["unembed_VD"][0] and _same(source, name, table):
