@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 from gsm_verifier import checkpoint, hlo, score, sharding
 from gsm_verifier.config import validate
 from gsm_verifier.data.packing import FIELDS
-from gsm_verifier.model import config as model_config
 from gsm_verifier.model import transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Transformer
@@ -310,8 +309,7 @@ class Programs:
 
 def model_of(config: ConfigDict) -> ModelConfig:
     """The model of a config; where it has no tokenizer yet, of as many tokens as are wanted."""
-    run = Run(config, Path())
-    return run.model if run.start else model_config.from_keys(config.model, config.text.vocab_size)
+    return Run(config, Path()).wanted_model(config.text.vocab_size)
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The paper, as functions in order. Start here.
 
-    prepare   the problems, and a tokenizer                        problems/ tokenizer.json
+    prepare   the problems, a tokenizer, the model's sizes         problems/ *.json
     pretrain  a language model that knows the words                pretrained/
     finetune  the generator, and the finetuning baseline           generator/ baseline/
     sample    completions of the training problems                 samples/train samples/heldout
@@ -85,10 +85,15 @@ class Run:
 
     @cached_property
     def model(self) -> ModelConfig:
+        """As prepare wrote it down: what the run started from may be gone since."""
+        return model_config.read(self.folder / "model.json")
+
+    def wanted_model(self, tokens: int) -> ModelConfig:
+        """The model its config asks for, from scratch with a tokenizer of so many ids."""
         keys = self.config.model
         if self.start:
             return hf.read_config(self.start).with_(dtype=keys.dtype, remat=keys.remat)
-        return model_config.from_keys(keys, self.tokenizer.size)
+        return model_config.from_keys(keys, tokens)
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of a split; there may be no held-out ones."""
@@ -114,9 +119,11 @@ class Run:
             same = (folder / "tokenizer.json").read_bytes()
         except (OSError, ValueError) as error:
             raise ValueError(f"config.verify.run={folder} is no finished run: {error}") from error
-        if same != (self.folder / "tokenizer.json").read_bytes():
+        judge = Run(ConfigDict(keys | {"mesh": self.config.mesh.to_dict()}), folder)
+        own = (self.folder / "tokenizer.json").read_bytes()
+        if same != own or judge.tokenizer.end != self.tokenizer.end:
             raise ValueError(f"config.verify.run={folder} has another tokenizer than {self.folder}")
-        return Run(ConfigDict(keys | {"mesh": self.config.mesh.to_dict()}), folder)
+        return judge
 
     def model_of(self, name: str) -> ModelConfig:
         """The model in folder `name`: the verifier may be another run's."""
@@ -143,7 +150,7 @@ def synthetic_sizes(data: ConfigDict) -> dict[str, int]:
 
 
 def prepare(run: Run) -> None:
-    """Problems of the three splits, and the tokenizer (section 2)."""
+    """Problems of the three splits, the tokenizer, and the model's sizes (section 2)."""
     data = run.config.data
     if data.source == "synthetic":
         splits = {
@@ -165,6 +172,7 @@ def prepare(run: Run) -> None:
         problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
     tokenizer = _tokenizer(run, splits["train"])
     tokenizer.save(run.folder / "tokenizer.json")
+    model_config.write(run.folder / "model.json", run.wanted_model(tokenizer.size))
     _refuse_what_fails_later(run, splits)
 
 
@@ -276,7 +284,7 @@ def pretrain(run: Run) -> None:
         params = hf.load(run.start, run.mesh)[1]
     else:
         params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
-    texts = list(_documents(run)) if run.config.pretrain.epochs else []
+    texts = _documents(run) if run.config.pretrain.epochs else iter(())
     longest = min(run.config.pretrain.row_tokens, run.model.max_length)
     trees = document_trees(run.tokenizer.documents(texts), longest)
     aside = max(1, len(trees) // 100)

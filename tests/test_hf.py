@@ -381,7 +381,7 @@ def test_a_tied_model_may_store_its_table_twice_but_not_another(
         (dict(rope_scaling=dict(type="yarn", factor=2)), "rope_type 'yarn' isn't supported"),
         (
             dict(rope_scaling=dict(rope_type="llama3", factor=2)),
-            "must have numbers for factor",
+            "must have positive numbers for factor",
         ),
         (dict(hidden_size=KeyError), "hidden_size is missing"),
         (dict(num_hidden_layers=-1), "num_hidden_layers=-1 makes no sense"),
@@ -392,6 +392,17 @@ def test_a_tied_model_may_store_its_table_twice_but_not_another(
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan makes no sense"),
         (dict(hidden_act=["silu"]), "wrong type"),
         (dict(rope_parameters="default"), "wrong type"),
+        (dict(rope_theta="x", rope_parameters=None), "rope_theta='x' makes no sense"),
+        (dict(rope_theta=-1, rope_parameters=None), "rope_theta=-1 makes no sense"),
+        (dict(rope_theta=None, rope_parameters=None), "rope_theta=None makes no sense"),
+        (dict(rope_theta=5.0), r"rope_theta=5\.0, but RoPE's own says 10000"),
+        (dict(rope_scaling=dict(type="linear", factor=0)), "must have positive numbers for factor"),
+        (
+            dict(rope_scaling=dict(type="linear", factor=float("nan"))),
+            "must have positive numbers for factor",
+        ),
+        (dict(partial_rotary_factor=0.5, rope_parameters=None), "partial_rotary_factor"),
+        (dict(tie_word_embeddings=None), "tie_word_embeddings=None makes no sense"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
@@ -402,6 +413,79 @@ def test_settings_that_do_not_fit_are_named(
         hf.read_config(folder)
     assert "\n" not in str(raised.value)
     assert str(folder / hf.CONFIG) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "says"),
+    [
+        ("gemma2", dict(sliding_window_pattern=3), "sliding_window_pattern=3 isn't supported"),
+        ("gemma2", dict(query_pre_attn_scalar="x"), "query_pre_attn_scalar='x' makes no sense"),
+        ("gemma2", dict(sliding_window=None, layer_types=None), "with a sliding_window"),
+        (
+            "gemma3",
+            dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+            "must have full_attention and sliding_attention",
+        ),
+        (
+            "gemma3",
+            dict(sliding_window_pattern=0, layer_types=None),
+            "sliding_window_pattern=0 makes no sense",
+        ),
+        (
+            "qwen2",
+            dict(use_sliding_window=True, max_window_layers="2", layer_types=None),
+            "max_window_layers='2' makes no sense",
+        ),
+        ("gpt_neox", dict(rotary_pct=2.0, rope_parameters=None), "rotary_pct=2.0 makes no sense"),
+        ("gpt_neox", dict(rope_theta=5.0, rope_parameters=None), "rotary_emb_base=10000"),
+    ],
+)
+def test_settings_of_a_family_that_do_not_fit_are_named(
+    family: str, change: dict[str, Any], says: str, mesh: Mesh, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    hf.save(tmp_path, *own_model(family, mesh), tokenizer)
+    settings(tmp_path, **change)
+    with pytest.raises(ValueError, match=says):
+        hf.read_config(tmp_path)
+
+
+ABSENT: dict[str, list[dict[str, Any]]] = {
+    "qwen2": [{}, dict(use_sliding_window=True), dict(use_sliding_window=True, sliding_window=9)],
+    "qwen3": [dict(use_sliding_window=True), dict(use_sliding_window=True, max_window_layers=1)],
+    "gemma2": [{}, dict(sliding_window=7)],
+    "gemma3_text": [{}, dict(sliding_window_pattern=2)],
+    "gpt_neox": [{}, dict(rotary_pct=0.5, partial_rotary_factor=0.5)],
+    "llama": [{}, dict(partial_rotary_factor=1.0)],
+}
+
+
+@oracle
+@pytest.mark.parametrize(("kind", "given"), [(k, g) for k, each in ABSENT.items() for g in each])
+def test_what_a_file_leaves_out_means_what_it_means_to_transformers(
+    kind: str, given: dict[str, Any], transformers: Any, tmp_path: Path
+) -> None:
+    given = (
+        SIZES | dict(num_key_value_heads=4, num_hidden_layers=30, tie_word_embeddings=True) | given
+    )
+    if kind != "gpt_neox":
+        given |= dict(rms_norm_eps=1e-6)
+    else:
+        del given["num_key_value_heads"]
+    (tmp_path / hf.CONFIG).write_text(json.dumps(given | {"model_type": kind}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    ours = hf.read_config(tmp_path)
+    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 30
+    windows = [theirs.sliding_window if k == "sliding_attention" else 0 for k in kinds]
+    assert list(ours.windows or (0,) * 30) == windows
+    head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_size == head
+    rope = theirs.rope_parameters
+    local = rope.get("sliding_attention")
+    rope = rope.get("full_attention", rope)
+    assert ours.rope_theta == rope["rope_theta"]
+    assert ours.rope_fraction == rope.get("partial_rotary_factor", 1.0)
+    if local:
+        assert ours.window_theta == local["rope_theta"]
 
 
 def test_what_is_switched_off_or_inert_is_let_pass(folder: Path) -> None:

@@ -109,8 +109,8 @@ def same_run(folder: Path, other: Path) -> None:
 
 
 def test_a_run_leaves_the_files_it_promises(finished) -> None:
-    files = "config.json problems tokenizer.json pretrained generator verifier samples labels "
-    files += "scores results.json report.html metrics"
+    files = "config.json problems tokenizer.json model.json pretrained generator verifier samples "
+    files += "labels scores results.json report.html metrics"
     for name in [*files.split(), *(f"{stage}.done" for stage in STAGES)]:
         assert (finished.folder / name).exists(), name
     left = [path.name for path in finished.folder.rglob("*")]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from gsm_verifier.text import calculator
 from gsm_verifier.text import tokenizer as tk
-from gsm_verifier.text.tokenizer import END_NAMES, END_OF_TEXT, Tokenizer
+from gsm_verifier.text.tokenizer import CONFIG, END_NAMES, END_OF_TEXT, Tokenizer
 
 settings.register_profile("untimed", deadline=None)  # machines are shared
 settings.load_profile("untimed")
@@ -201,7 +201,8 @@ def test_training_is_deterministic_and_bounded(tmp_path) -> None:
 def test_what_begins_every_text_begins_questions_and_documents(tmp_path, merging) -> None:
     """As Llama 3's and Gemma's tokenizers say it."""
     assert merging.begin == []
-    assert merging.documents(["a"]) == [[merging.end, *merging.encode("a"), merging.end]]
+    (ids,) = merging.documents(["a"])
+    assert ids.tolist() == [merging.end, *merging.encode("a"), merging.end]
     merging.save(tmp_path / "plain.json")
     backend = Backend.from_file(str(tmp_path / "plain.json"))
     begin = merging.end  # one token as good as another
@@ -213,7 +214,46 @@ def test_what_begins_every_text_begins_questions_and_documents(tmp_path, merging
     assert begins.begin == [begin]
     assert begins.question("a") == [begin, *merging.question("a")]
     assert begins.solution("a") == merging.solution("a")
-    assert begins.documents(["a"]) == [[begin, *merging.encode("a"), merging.end]]
+    (ids,) = begins.documents(["a"])
+    assert ids.tolist() == [begin, *merging.encode("a"), merging.end]
+
+
+def test_documents_are_encoded_in_their_order(trained: Tokenizer) -> None:
+    texts = [str(i) for i in range(2500)]  # of more than one batch
+    ids = trained.documents(texts)
+    assert [trained.decode(document[1:-1]) for document in ids] == texts
+
+
+def test_the_end_token_is_kept_on_disk(tmp_path, merging: Tokenizer) -> None:
+    """Which of several a model ends with stands in no tokenizer.json."""
+    merging.save(tmp_path / "plain.json")
+    backend = Backend.from_file(str(tmp_path / "plain.json"))
+    backend.add_special_tokens(["<|im_end|>"])
+    chat = Tokenizer(backend, "<|im_end|>")
+    assert chat.end != merging.end
+    (tmp_path / "chat").mkdir()
+    chat.save(tmp_path / "chat/tokenizer.json")
+    assert Tokenizer.load(tmp_path / "chat/tokenizer.json").end == chat.end
+    named = tmp_path / "chat" / CONFIG
+    named.write_text(json.dumps({"eos_token": {"content": END_OF_TEXT}}))
+    assert Tokenizer.load(tmp_path / "chat/tokenizer.json").end == merging.end
+    named.write_text(json.dumps({"eos_token": None}))
+    assert Tokenizer.load(tmp_path / "chat/tokenizer.json").end == merging.end
+    for content in ("[]", "{", '{"eos_token": 3}', '{"eos_token": "<none>"}'):
+        named.write_text(content)
+        with pytest.raises(ValueError, match=r"chat.tokenizer\.json: .*"):
+            Tokenizer.load(tmp_path / "chat/tokenizer.json")
+
+
+def test_special_tokens_beyond_the_model_are_left_out(merging: Tokenizer) -> None:
+    """As Gemma 3's token for images."""
+    backend = Backend.from_str(merging._backend.to_str())
+    backend.add_special_tokens(["<image>"])
+    assert Tokenizer(backend).size == merging.size + 1
+    fitting = Tokenizer(backend).within(merging.size)
+    assert (fitting.size, fitting.end) == (merging.size, merging.end)
+    assert fitting.encode_batch(TEXTS) == merging.encode_batch(TEXTS)
+    assert Tokenizer(backend).within(merging.size + 1).size == merging.size + 1
 
 
 def test_load_names_what_is_wrong(tmp_path, merging: Tokenizer) -> None:

@@ -41,7 +41,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8: save it as that") from error
             if text.strip():
-                yield number, text.rstrip("\n")
+                yield number, text.rstrip("\r\n")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -82,5 +82,7 @@ def _tfds(name: str) -> Iterator[str]:
             "array_record: tfds build --file_format=array_record"
         ) from error
     for row in rows:
-        text = row[KEY]
-        yield text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        text = row.get(KEY) if isinstance(row, dict) else None
+        if not isinstance(text, bytes | str):
+            raise ValueError(f'{TFDS}{name} has no text in feature "{KEY}": use a dataset that has')
+        yield text.decode("utf-8", "replace") if isinstance(text, bytes) else text

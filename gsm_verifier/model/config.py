@@ -1,7 +1,11 @@
 """Model families and sizes as data: one transformer reads these words, no family has code."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from gsm_verifier import records
 
 
 @dataclass(frozen=True)
@@ -160,3 +164,21 @@ def from_keys(model: Any, text_size: int) -> ModelConfig:
         remat=model.remat,
         **words,
     )
+
+
+def write(path: Path, model: ModelConfig) -> None:
+    """Write a model's words and sizes as JSON."""
+    records.write_atomically(path, json.dumps(asdict(model), indent=1).encode())
+
+
+def read(path: Path) -> ModelConfig:
+    """The model of a file that `write` wrote.
+
+    Raises:
+      ValueError: no such file, or a damaged one.
+    """
+    try:
+        words = json.loads(path.read_bytes())
+        return ModelConfig(**{k: tuple(v) if type(v) is list else v for k, v in words.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read ({error}): run stage prepare again") from error

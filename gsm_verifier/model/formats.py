@@ -54,10 +54,11 @@ _LLAMA_KEYS = {
     "head_size": "head_dim",
     "norm_eps": "rms_norm_eps",
 }
-_ROPE = {"rope_theta": 10_000.0, "rope_parameters": None, "rope_scaling": None}
+_ROPE = {"rope_parameters": None, "rope_scaling": None, "partial_rotary_factor": None}
 _LLAMA_DEFAULTS = {
     **dict.fromkeys(_LLAMA_KEYS.values(), REQUIRED),
     **_ROPE,
+    "rope_theta": 10_000.0,
     "num_key_value_heads": None,
     "head_dim": None,
     "tie_word_embeddings": False,
@@ -68,8 +69,8 @@ _QWEN_DEFAULTS = {
     **_LLAMA_DEFAULTS,
     "num_key_value_heads": REQUIRED,
     "use_sliding_window": False,
-    "sliding_window": None,
-    "max_window_layers": 0,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
     "layer_types": None,
 }
 _GEMMA_DEFAULTS = {
@@ -180,7 +181,12 @@ _GEMMA = Format(
     },
     keys={**_GEMMA_KEYS, "attention_cap": "attn_logit_softcapping"},
     words={"hidden_activation": ("mlp", GATED)},
-    fixed={"attention_bias": False, "use_bidirectional_attention": False},
+    # The pattern of its layers is written in their class, whatever the file says.
+    fixed={
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "sliding_window_pattern": 2,
+    },
     base="model.",
     tensors=_GEMMA_TENSORS,
 )
@@ -228,8 +234,8 @@ FORMATS: dict[str, Format] = {
             **dict.fromkeys(_SIZES.values(), REQUIRED),
             "rotary_emb_base": 10_000.0,
             "rotary_pct": 0.25,
-            "rope_parameters": None,
-            "rope_scaling": None,
+            **_ROPE,
+            "rope_theta": None,
             "layer_norm_eps": 1e-5,
             "hidden_act": "gelu",
             "tie_word_embeddings": False,
@@ -277,7 +283,11 @@ FORMATS: dict[str, Format] = {
             "sliding_window_pattern": 6,
         },
         keys={**_GEMMA_KEYS, "window_theta": "rope_local_base_freq"},
-        fixed={**_GEMMA.fixed, "attn_logit_softcapping": None},
+        fixed={
+            "attention_bias": False,
+            "use_bidirectional_attention": False,
+            "attn_logit_softcapping": None,
+        },
     ),
 }
 

