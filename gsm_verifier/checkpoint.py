@@ -21,7 +21,6 @@ _COMMITTED = "_CHECKPOINT_METADATA"  # orbax itself takes any folder with a numb
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-@jax.jit
 def _leaf_hash(x: jax.Array) -> jax.Array:
     """A uint32 sum of the bits times odd numbers: one changed bit always changes it."""
     bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
@@ -32,6 +31,11 @@ def _leaf_hash(x: jax.Array) -> jax.Array:
     return (bits * (2 * index + 1)).sum(dtype=jnp.uint32)
 
 
+@jax.jit
+def _hash_all(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_leaf_hash(leaf) for leaf in leaves]
+
+
 def by_name(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their dotted paths: the form of a tree on disk."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -40,8 +44,10 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 def hashes(tree: Any) -> dict[str, int]:
     """Content hash of every leaf by its name; equal for equal values on any mesh."""
-    computed = {name: _leaf_hash(leaf) for name, leaf in by_name(tree).items()}
-    return {name: int(value) for name, value in computed.items()}
+    leaves = by_name(tree)
+    # In one program: of several under way at once, each with a sum over processes, one process
+    # may begin another than the others do, and all wait forever.
+    return dict(zip(leaves, map(int, _hash_all(list(leaves.values()))), strict=True))
 
 
 class Checkpoints:
