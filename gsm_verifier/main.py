@@ -63,6 +63,10 @@ def main(argv: list[str]) -> None:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise
         sys.exit(f"gsm_verifier: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            error.add_note("Perhaps another process has died; start all again to go on")
+        raise
     except Stopped as stopped:
         print(f"gsm_verifier: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # as if it had killed the process, so that it is run again

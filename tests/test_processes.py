@@ -1,24 +1,30 @@
-"""Many processes make what one makes."""
+"""Many processes make what one makes, on every mesh, and none is left behind."""
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gsm_verifier import metrics, records
+from gsm_verifier import metrics, records, sharding
 from gsm_verifier.records import Completion, Label, Score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEVICES = 4  # of all processes together
-MESH = ["--config.mesh.data=4"]
+DATA, FSDP, MIXED, TENSOR = (4, 1, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4)  # data, fsdp, tensor
+# Heads for every device, and some shards for every process.
+SIZES = ["--config.model.heads=8", "--config.model.kv_heads=4", "--config.model.head_size=8"]
+SIZES += ["--config.sample.train_problems=16"]
 SECONDS = 580
 
 
@@ -53,6 +59,19 @@ class Together:
             for process in self.processes:
                 process.kill()
 
+    def wait(self, moment: Callable[[], bool] | None) -> None:
+        """Until a moment, None: the end; or until one has ended, and with it all."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline and all(p.poll() is None for p in self.processes):
+            if moment and moment():
+                return
+            time.sleep(0.01)
+        self.codes(deadline - time.monotonic())
+
+    def missed(self) -> bool:
+        """Were its processes further apart than the 30 s that gloo waits for one?"""
+        return any("Gloo context initialization failed" in log.read_text() for log in self.logs)
+
 
 def start(command: list[str], count: int, folder: Path, environment: dict[str, str]) -> Together:
     """Start `count` processes of a command, which meet if there are several."""
@@ -76,10 +95,24 @@ def start(command: list[str], count: int, folder: Path, environment: dict[str, s
     return run
 
 
-def main(folder: Path, count: int, environment: dict[str, str], *flags: str) -> Together:
+def main(
+    folder: Path,
+    count: int,
+    environment: dict[str, str],
+    *flags: str,
+    mesh: tuple[int, int, int] = DATA,
+    moment: Callable[[], bool] | None = None,
+) -> Together:
+    """A run that has ended, or come to a moment; one whose processes missed each other goes on."""
     command = [sys.executable, "-m", "gsm_verifier.main", "--config=configs/quickstart.py:tiny"]
-    command += [f"--config.mesh.cpu_devices={DEVICES // count}", f"--workdir={folder}", *MESH]
-    return start([*command, *flags], count, folder.parent / "logs", environment)
+    command += [f"--config.mesh.cpu_devices={DEVICES // count}", f"--workdir={folder}", *SIZES]
+    command += [f"--config.mesh.{a}={n}" for a, n in zip(sharding.AXES, mesh, strict=True)]
+    for _ in range(3):
+        run = start([*command, *flags], count, folder.parent / "logs", environment)
+        run.wait(moment)
+        if not run.missed():
+            break
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -104,16 +137,19 @@ def assert_same_losses(folder: Path, other: Path, *names: str) -> None:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def assert_same_completions(folder: Path, other: Path, split: str) -> None:
+    """Likelihoods agree to rounding."""
+    ours, theirs = (records.read_all(f / "samples" / split, Completion) for f in (folder, other))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.problem, a.sample, a.tokens) == (b.problem, b.sample, b.tokens)
+        assert (a.text, a.forced, a.finished) == (b.text, b.forced, b.finished)
+        assert a.logprob == pytest.approx(b.logprob, rel=1e-5)
+
+
 def assert_same_results(folder: Path, other: Path) -> None:
-    """The same completions, labels and results; likelihoods and values agree to rounding."""
+    """The same completions, labels and results; values agree to rounding."""
     for split in ("train", "heldout", "test", "greedy"):
-        ours, theirs = (
-            records.read_all(f / "samples" / split, Completion) for f in (folder, other)
-        )
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.problem, a.sample, a.tokens) == (b.problem, b.sample, b.tokens)
-            assert (a.text, a.forced, a.finished) == (b.text, b.forced, b.finished)
-            assert a.logprob == pytest.approx(b.logprob, rel=1e-5)
+        assert_same_completions(folder, other, split)
         if split != "heldout":
             ours, theirs = (records.read_all(f / "labels" / split, Label) for f in (folder, other))
             assert ours == theirs
@@ -139,24 +175,98 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, environment) ->
     assert_clean(folder)
 
 
-@pytest.mark.slow
-def test_two_processes_make_of_a_generator_what_one_makes(
-    alone: Path, tmp_path: Path, environment
-) -> None:
-    """Of the same one: a difference in the last bit of its weights could turn a draw."""
-    folder = tmp_path / "run"
+MADE = {
+    "prepare": ["problems", "tokenizer.json"],
+    "pretrain": ["pretrained"],
+    "finetune": ["generator", "baseline"],
+}
+
+
+def copy_made(source: Path, folder: Path, *stages: str) -> None:
+    """Begin a run with what stages of another one have made."""
     folder.mkdir()
-    trained = ["problems", "tokenizer.json", "pretrained", "generator", "baseline"]
-    for name in [*trained, *(f"{stage}.done" for stage in ("prepare", "pretrain", "finetune"))]:
-        copy = shutil.copytree if (alone / name).is_dir() else shutil.copy
-        copy(alone / name, folder / name)
-    run = main(folder, 2, environment)
+    for name in [name for stage in stages for name in [*MADE[stage], f"{stage}.done"]]:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+        copy(source / name, folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [DATA, FSDP, MIXED, TENSOR], ids=str)
+def test_two_processes_make_of_a_generator_what_one_makes(
+    mesh: tuple[int, int, int], alone: Path, tmp_path: Path, environment
+) -> None:
+    """Of the same one: a difference in the last bit of its weights could turn a draw.
+
+    The stages that train are pretrain, anew, and verify.
+    """
+    folder = tmp_path / "run"
+    copy_made(alone, folder, "prepare", "finetune")
+    run = main(folder, 2, environment, mesh=mesh)
     assert run.codes() == [0, 0], run.told()
     assert_same_results(folder, alone)
-    assert_same_losses(folder, alone, "verifier")
+    assert_same_losses(folder, alone, "pretrained", "verifier")
     assert_clean(folder)
     assert "report: " in run.logs[0].read_text()
     assert "report: " not in run.logs[1].read_text()  # the first speaks for all
+
+
+def stop(
+    folder: Path, count: int, environment: dict[str, str], *flags: str, mesh: tuple[int, int, int]
+) -> None:
+    """Pretrain some steps, and ask the last process alone to end: all save the same step."""
+
+    def steps() -> int:
+        return len(metrics.read(folder / "metrics/pretrained.jsonl"))
+
+    before = steps()
+    run = main(folder, count, environment, *flags, mesh=mesh, moment=lambda: steps() > before)
+    run.processes[-1].terminate()
+    assert run.codes() == [128 + signal.SIGTERM] * count, run.told()
+    told = [re.findall(r"stopped and saved at step (\d+);", log.read_text()) for log in run.logs]
+    assert told == [[str(steps())]] * count
+    assert (folder / "pretrained/training" / told[0][0]).is_dir()
+    assert not (folder / "pretrain.done").exists()
+
+
+@pytest.mark.slow
+def test_a_run_stopped_by_one_sigterm_goes_on_in_any_processes_and_mesh(
+    alone: Path, tmp_path: Path, environment
+) -> None:
+    folder = tmp_path / "run"
+    stages = "--stages=prepare,pretrain"
+    stop(folder, 2, environment, stages, mesh=DATA)
+    stop(folder, 1, environment, stages, mesh=MIXED)
+    run = main(folder, 2, environment, stages, mesh=FSDP)
+    assert run.codes() == [0, 0], run.told()
+    assert_same_losses(folder, alone, "pretrained")
+    assert_clean(folder)
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_other_and_one_ends_the_run(
+    alone: Path, tmp_path: Path, environment
+) -> None:
+    folder = tmp_path / "run"
+    copy_made(alone, folder, *MADE)
+    stages = "--stages=sample,label"
+
+    def shards() -> int:
+        return len(list(folder.glob("samples/train/*.parquet")))
+
+    for victim in (1, 0):  # the second is the one at whose address they met
+        before = shards()
+        run = main(folder, 2, environment, stages, moment=lambda before=before: shards() > before)
+        run.processes[victim].kill()
+        codes = run.codes(30)
+        assert codes[victim] == -signal.SIGKILL, run.told()
+        assert codes[1 - victim] not in (0, -signal.SIGKILL), run.told()
+        assert re.search("another (task|process has) died", run.logs[1 - victim].read_text())
+        assert not (folder / "sample.done").exists()
+
+    run = main(folder, 1, environment, stages, mesh=FSDP)
+    assert run.codes() == [0], run.told()
+    for split in ("train", "heldout"):
+        assert_same_completions(folder, alone, split)
 
 
 TOGETHER = """
