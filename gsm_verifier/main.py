@@ -38,18 +38,13 @@ def main(argv: list[str]) -> None:
         sys.exit(f"gsm_verifier: {error}")
     import jax
 
-    from gsm_verifier import pipeline, plan, processes
+    from gsm_verifier import pipeline, plan, processes, sharding
     from gsm_verifier.train.loop import Stopped
 
     try:
         if "://" in (_WORKDIR.value or ""):
             raise ValueError(f"--workdir={_WORKDIR.value}: a folder is wanted; mount the bucket")
-        if jax.config.jax_platforms in (None, "", "cpu"):
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-        if not jax.config.jax_compilation_cache_dir:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        sharding.configure(config.mesh.cpu_devices)
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         if _DISTRIBUTED.value or told != (None, None, None):
             processes.meet(*told)

@@ -21,7 +21,9 @@ A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded o
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +42,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "K": ("tensor",),
     "V": ("tensor",),
 } | dict.fromkeys("ATSGHLCWM", ())
+
+
+def configure(cpu_devices: int) -> None:
+    """Before the first use of a device: how many a CPU shall be, and where programs are kept."""
+    if jax.config.jax_platforms in (None, "", "cpu"):
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "gsm_verifier" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def make_mesh(
