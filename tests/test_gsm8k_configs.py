@@ -113,7 +113,7 @@ _ROPE = dict(
 )
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "gpt2": (124_439_808, dict(n_embd=768, n_head=12, n_layer=12) | _GPT2),
-    "gpt2-xl": (1_557_611_200, dict(n_embd=1600, n_head=25, n_layer=48) | _GPT2),
+    "gpt2-xl": (1_557_611_200, dict(n_embd=1600, n_head=25, n_layer=48, output_past=True) | _GPT2),
     "pythia-410m": (405_334_016, dict(hidden_size=1024, intermediate_size=4096) | _PYTHIA),
     "pythia-1.4b": (1_414_647_808, dict(hidden_size=2048, intermediate_size=8192) | _PYTHIA),
     "qwen2.5-0.5b": (
