@@ -70,16 +70,18 @@ def _run_stage(run: Run, name: str) -> None:
     resumed = started.exists()
     if processes.first():
         _write_marker(run, name, "started", None)
-    before = set(run.folder.rglob("*"))
+    # The first process alone looks: of a thousand, all would list a shared file system.
+    before = set(run.folder.rglob("*")) if processes.first() else set()
     began = time.perf_counter()
     try:
         if processes.first() or not stage.alone:
             stage.run(run)
     except (ValueError, FileNotFoundError):
         # What made nothing, or makes it all anew, may be begun again with a mended config.
-        made = resumed or set(run.folder.rglob("*")) - before
-        if processes.first() and (stage.alone or not made):
-            started.unlink()
+        if processes.first():
+            made = resumed or set(run.folder.rglob("*")) - before
+            if stage.alone or not made:
+                started.unlink()
         raise
     processes.wait_for_all(f"{name} is done")
     seconds = time.perf_counter() - began

@@ -9,7 +9,7 @@ Everywhere a tie goes to the lowest sample index.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,10 +124,11 @@ class Candidates:
         """
         kept: dict[str, list[np.ndarray | None]] = {name: [] for name in _DTYPES}
         for choice in choices:
+            code_M, distinct = _codes(choice.answer)
             integer = choice.integer
-            if integer is None:
-                integer = [answers.is_integer(answer) for answer in choice.answer]
-            coded = choice._replace(answer=_codes(choice.answer), integer=integer)
+            if integer is None:  # `NO_ANSWER` reads the last entry
+                integer = np.array([*map(answers.is_integer, distinct), False])[code_M]
+            coded = choice._replace(answer=code_M, integer=integer)
             for name, dtype in _DTYPES.items():
                 value = getattr(coded, name)
                 if value is not None and len(value) != len(choice.answer):
@@ -152,10 +153,19 @@ class Candidates:
         """bool: the sample exists."""
         return np.arange(self.answer_PM.shape[1]) < self.count_P[:, None]
 
-    def order_PM(self, key_PM: np.ndarray) -> np.ndarray:
-        """Sample indices by falling key, ties by index, padding last."""
-        descending_PM = np.where(self.present_PM, -key_PM.astype(np.float64), np.inf)
+    def order_PM(self, key_PM: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """Sample indices of some problems by falling key, ties by index, padding last."""
+        present_PM = np.arange(key_PM.shape[1]) < self.count_P[rows, None]
+        descending_PM = np.where(present_PM, -key_PM[rows].astype(np.float64), np.inf)
         return np.argsort(descending_PM, axis=-1, kind="stable")
+
+    def ranked_PM(self, value_PM: np.ndarray, key_PM: np.ndarray) -> np.ndarray:
+        """The samples' values by falling key, as `order_PM`."""
+        ranked_PM = np.empty_like(value_PM)
+        for rows in _slices(*value_PM.shape):
+            order_PM = self.order_PM(key_PM, rows)
+            ranked_PM[rows] = np.take_along_axis(value_PM[rows], order_PM, -1)
+        return ranked_PM
 
 
 def sample_sizes(samples: int) -> list[int]:
@@ -188,9 +198,7 @@ def best_of(candidates: Candidates, key_PM: np.ndarray, n: int) -> np.ndarray:
     Raises:
       ValueError: unless 1 <= n <= M.
     """
-    best_PM = _best_probability(candidates, n)
-    correct_PM = np.take_along_axis(candidates.correct_PM, candidates.order_PM(key_PM), -1)
-    return np.minimum((best_PM * correct_PM).sum(-1), 1.0)
+    return _of_the_best(candidates, candidates.ranked_PM(candidates.correct_PM, key_PM), n)
 
 
 def coverage(candidates: Candidates, n: int) -> np.ndarray:
@@ -201,7 +209,7 @@ def coverage(candidates: Candidates, n: int) -> np.ndarray:
     Returns:
       value_P in [0, 1].
     """
-    return best_of(candidates, candidates.correct_PM, n)
+    return _of_the_best(candidates, _first(candidates.correct_PM), n)
 
 
 def random_choice(candidates: Candidates) -> np.ndarray:
@@ -222,8 +230,7 @@ def integer_only(candidates: Candidates, n: int) -> np.ndarray:
     integer_PM, correct_PM = candidates.integer_PM, candidates.correct_PM
     integers_P = integer_PM.sum(-1)
     others_P = candidates.count_P - integers_P
-    ranked_integer_PM = np.arange(integer_PM.shape[1]) < integers_P[:, None]
-    found_P = np.minimum((_best_probability(candidates, n) * ranked_integer_PM).sum(-1), 1.0)
+    found_P = _of_the_best(candidates, _first(integer_PM), n)
     right_P = (correct_PM & integer_PM).sum(-1) / np.maximum(integers_P, 1)
     right_other_P = (correct_PM & ~integer_PM).sum(-1) / np.maximum(others_P, 1)
     return found_P * right_P + (1 - found_P) * right_other_P
@@ -278,34 +285,40 @@ def vote(
             raise ValueError(f"k must lie in 1..{ballot.n}, got {ballot.k}")
         if (ballot.by_score or ballot.weighted) and candidates.score_PM is None:
             raise ValueError(f"{ballot} needs scores")
-    key_PM = {False: np.zeros((problems, samples)), True: candidates.score_PM}
-    order_PM = {b: candidates.order_PM(key_PM[b]) for b in {ballot.by_score for ballot in ballots}}
-    weight_PM = None if candidates.score_PM is None else np.clip(candidates.score_PM, 0, 1)
+    key_PM = {False: np.broadcast_to(0.0, (problems, samples)), True: candidates.score_PM}
     values = [
         best_of(candidates, key_PM[ballot.by_score], ballot.n)
         if 1 in (ballot.n, ballot.k)
         else np.empty(problems)
         for ballot in ballots
     ]
-    held = [(b, v) for b, v in zip(ballots, values, strict=True) if 1 not in (b.n, b.k)]
-    if all(ballot.n == samples for ballot, _ in held):
+    # Ballots that rank alike and are of one size have the same voters, which are sorted once.
+    alike: dict[bool, dict[int, list[tuple[Ballot, np.ndarray]]]] = {}
+    for ballot, value_P in zip(ballots, values, strict=True):
+        if 1 not in (ballot.n, ballot.k):
+            held = alike.setdefault(ballot.by_score, {}).setdefault(ballot.n, [])
+            held.append((ballot, value_P))
+    if all(n == samples for sizes in alike.values() for n in sizes):
         subsets = 1
-    everything_PSM = np.arange(samples)[None, None]
     rng = np.random.default_rng(seed)
-    step = max(1, statistics.CHUNK_ELEMENTS // (subsets * samples))
-    for start in range(0, problems, step):
-        rows = slice(start, min(start + step, problems))
-        key_PSM = rng.random((rows.stop - rows.start, subsets, samples))
-        drawn_PSM = np.where(candidates.present_PM[rows, None], key_PSM, np.inf).argsort(-1)
-        for ballot, value_P in held:
-            value_P[rows] = _hold(
-                candidates.answer_PM[rows],
-                candidates.correct_PM[rows],
-                order_PM[ballot.by_score][rows],
-                weight_PM[rows] if ballot.weighted else None,
-                drawn_PSM[..., : ballot.n] if ballot.n < samples else everything_PSM,
-                ballot.k,
-            )
+    for p in range(problems):
+        key_SM = rng.random((subsets, samples))
+        key_SM[:, candidates.count_P[p] :] = np.inf
+        drawn_SM = key_SM.argsort(-1)
+        for by_score, sizes in alike.items():
+            order_M = candidates.order_PM(key_PM[by_score], slice(p, p + 1))[0]
+            answer_M = candidates.answer_PM[p, order_M]
+            correct_M = candidates.correct_PM[p, order_M]
+            weight_M = None
+            if candidates.score_PM is not None:
+                weight_M = candidates.score_PM[p, order_M].clip(0, 1)
+            for n, held in sizes.items():
+                rank_SN = np.arange(samples)[None]  # all, unless fewer are drawn
+                if n < samples:
+                    rank_SN = _ranks(order_M, drawn_SM[:, :n])
+                for ballot, value_P in held:
+                    weight = weight_M if ballot.weighted else None
+                    value_P[p] = _hold(answer_M, correct_M, weight, rank_SN[:, : ballot.k])
     return values
 
 
@@ -424,17 +437,23 @@ def evaluate(
             raise ValueError(f"greedy_correct_P must be bool [{problems}]")
         value_P["greedy", 1] = greedy_correct_P.astype(np.float64)
 
+    keys = {"logprob": candidates.logprob_PM}
+    if candidates.length_PM is not None:
+        keys["length"] = -candidates.length_PM
+    keys["verifier"] = candidates.score_PM
+    ranked = {  # sorted once, not for every n
+        name: candidates.ranked_PM(candidates.correct_PM, key_PM)
+        for name, key_PM in keys.items()
+        if key_PM is not None
+    }
     ballots = {("majority", n): Ballot(n) for n in ns}
     for n in ns:
         value_P["random", n] = random_choice(candidates)
         value_P["integer_only", n] = integer_only(candidates, n)
         value_P["coverage", n] = coverage(candidates, n)
-        if candidates.logprob_PM is not None:
-            value_P["logprob", n] = best_of(candidates, candidates.logprob_PM, n)
-        if candidates.length_PM is not None:
-            value_P["length", n] = best_of(candidates, -candidates.length_PM, n)
+        for name, ranked_PM in ranked.items():
+            value_P[name, n] = _of_the_best(candidates, ranked_PM, n)
         if candidates.score_PM is not None:
-            value_P["verifier", n] = best_of(candidates, candidates.score_PM, n)
             ballots["verifier_vote", n] = Ballot(n, vote_k(n), by_score=True)
             ballots["verifier_weighted", n] = Ballot(n, by_score=True, weighted=True)
     votes = vote(candidates, list(ballots.values()), subsets, seed)
@@ -465,10 +484,18 @@ def evaluate(
     }
 
 
-def _codes(answers: Sequence[str | None]) -> list[int]:
-    """Number a problem's answers by first appearance."""
-    code_of: dict[str, int] = {}
-    return [NO_ANSWER if a is None else code_of.setdefault(a, len(code_of)) for a in answers]
+def _codes(answers: Sequence[str | None]) -> tuple[np.ndarray, list[str]]:
+    """A problem's answers, numbered by first appearance, and which they are."""
+    code_of: dict[str | None, int] = {None: NO_ANSWER}
+    codes = [code_of.setdefault(a, len(code_of) - 1) for a in answers]
+    return np.array(codes, np.int32), list(code_of)[1:]
+
+
+def _slices(problems: int, width: int) -> Iterator[slice]:
+    """All problems, as many at a time as bound the memory of `width` elements for each."""
+    step = max(1, statistics.CHUNK_ELEMENTS // width)
+    for start in range(0, problems, step):
+        yield slice(start, min(start + step, problems))
 
 
 def _series(limit: int, digits: Sequence[int]) -> list[int]:
@@ -481,46 +508,60 @@ def _check_size(n: int, samples: int) -> None:
         raise ValueError(f"the subset size must lie in 1..{samples}, got {n}")
 
 
-def _best_probability(candidates: Candidates, n: int) -> np.ndarray:
+def _first(found_PM: np.ndarray) -> np.ndarray:
+    """Ranked by themselves: all that are true come first."""
+    return np.arange(found_PM.shape[1]) < found_PM.sum(-1)[:, None]
+
+
+def _of_the_best(candidates: Candidates, ranked_PM: np.ndarray, n: int) -> np.ndarray:
+    """P(the best sample of a random n-subset is one of those marked, by rank, in `ranked_PM`)."""
+    problems, samples = ranked_PM.shape
+    counts, which_P = np.unique(candidates.count_P, return_inverse=True)  # there are few
+    best_CM = _best_probability(counts, samples, n)
+    value_P = np.empty(problems)
+    for rows in _slices(problems, samples):
+        value_P[rows] = (best_CM[which_P[rows]] * ranked_PM[rows]).sum(-1)
+    return np.minimum(value_P, 1.0)
+
+
+def _best_probability(count_P: np.ndarray, samples: int, n: int) -> np.ndarray:
     """P(the sample of rank r is the best of a random n-subset), [P, M] over ranks r.
 
     By the recurrence w[0] = n/M, w[r+1] = w[r] (M-n-r) / (M-1-r): no binomial that could overflow,
     no subtraction that could cancel.
     """
-    samples = candidates.answer_PM.shape[1]
     _check_size(n, samples)
-    count_P1 = candidates.count_P[:, None]
+    count_P1 = count_P[:, None]
     drawn_P1 = np.minimum(count_P1, n)
     rank_M = np.arange(samples - 1)
     ratio_PM = np.maximum(count_P1 - drawn_P1 - rank_M, 0) / np.maximum(count_P1 - 1 - rank_M, 1)
     return np.cumprod(np.concatenate([drawn_P1 / np.maximum(count_P1, 1), ratio_PM], -1), -1)
 
 
+def _ranks(order_M: np.ndarray, drawn_SN: np.ndarray) -> np.ndarray:
+    """The ranks, best first, of drawn sample indices, where `order_M` has the indices by rank."""
+    rank_M = np.empty(len(order_M), np.uint16 if len(order_M) <= 2**16 else np.uint32)
+    rank_M[order_M] = np.arange(len(order_M))
+    return np.sort(rank_M.take(drawn_SN), -1)
+
+
 def _hold(
-    answer_PM: np.ndarray,
-    correct_PM: np.ndarray,
-    order_PM: np.ndarray,
-    weight_PM: np.ndarray | None,
-    drawn_PSN: np.ndarray,
-    k: int | None,
-) -> np.ndarray:
-    """Hold one vote in every drawn subset of sample indices; the share of correct winners, [P]."""
+    answer_M: np.ndarray, correct_M: np.ndarray, weight_M: np.ndarray | None, rank_SK: np.ndarray
+) -> float:
+    """Hold one vote in every subset of a problem's samples; the share of correct winners.
 
-    def take(value_PM: np.ndarray, index_PSN: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(value_PM[:, None], index_PSN, -1)
-
-    rank_PSK = np.sort(take(np.argsort(order_PM, -1), drawn_PSN), -1)[..., :k]
-    voter_PSK = take(order_PM, rank_PSK)  # best-ranked first
-    answer_PSK = take(answer_PM, voter_PSK)
-    codes = answer_PM.shape[1] + 1  # one column for no answer
-    subset_PS1 = np.arange(voter_PSK[..., 0].size).reshape(*voter_PSK.shape[:2], 1)
-    cell_PSK = subset_PS1 * codes + answer_PSK + 1
-    weight = None if weight_PM is None else take(weight_PM, voter_PSK).ravel()
-    total_PSK = np.bincount(cell_PSK.ravel(), weight)[cell_PSK]
+    Args:
+      answer_M, correct_M, weight_M: of the samples by rank. rank_SK: the voters, best first.
+    """
+    codes = answer_M.max() + 2  # of a subset's row of totals, the first one for no answer
+    cell_SK = (answer_M.astype(np.intp) + 1).take(rank_SK)
+    cell_SK += codes * np.arange(len(rank_SK))[:, None]
+    weight = None if weight_M is None else weight_M.take(rank_SK).ravel()
+    total = np.bincount(cell_SK.ravel(), weight, minlength=codes * len(rank_SK))
+    total[::codes] = -1
     # argmax returns the first maximum: the winning answer's best-ranked voter, also after a tie.
-    elected_PS1 = np.where(answer_PSK == NO_ANSWER, -1, total_PSK).argmax(-1)[..., None]
-    winner_PS1 = np.take_along_axis(voter_PSK, elected_PS1, -1)
-    return take(correct_PM, winner_PS1).mean((1, 2))
+    elected_S1 = total.take(cell_SK).argmax(-1)[:, None]
+    return correct_M.take(np.take_along_axis(rank_SK, elected_S1, -1)).mean()
 
 
 def _summaries(value_KP: np.ndarray, seed: int) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ under a temporary name, synced and renamed: a shard that exists is whole. Resumi
 the shards that exist.
 """
 
+import itertools
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -118,7 +120,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write(path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
     """Write one shard."""
-    table = pa.Table.from_pylist([vars(row) for row in rows], schema=SCHEMAS[kind])
+    _write_table(path, pa.Table.from_pylist([vars(row) for row in rows], schema=SCHEMAS[kind]))
+
+
+def write_columns(path: Path, kind: type[Any], columns: Mapping[str, Any]) -> None:
+    """Write one shard of whole columns: no object is made for a row."""
+    _write_table(path, pa.table(dict(columns), schema=SCHEMAS[kind]))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_atomically(path, sink.getvalue().to_pybytes())
@@ -150,6 +160,25 @@ def read(path: Path, kind: type[Record], columns: Sequence[str] | None = None) -
     """The rows of a shard, or dictionaries of some `columns`; refused as by `read_table`."""
     rows = read_table(path, kind, columns).to_pylist()
     return rows if columns is not None else [kind(**row) for row in rows]
+
+
+def lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The rows of a column of lists: views of one array, which hold no object for an entry."""
+    array = column.combine_chunks()
+    values, ends = array.values.to_numpy(), array.offsets.to_numpy().tolist()
+    return [values[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def last_of_lists(column: pa.ChunkedArray) -> np.ndarray:
+    """The last entry of every row of a column of lists, none of which is empty."""
+    array = column.combine_chunks()
+    return array.values.to_numpy()[array.offsets.to_numpy()[1:] - 1]
+
+
+def list_column(rows: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
+    """The column of lists that `lists` takes apart."""
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, dtype), *rows]))
 
 
 def shard_path(folder: Path, index: int, count: int) -> Path:
@@ -203,10 +232,15 @@ def tables(run: Path, split: str, columns: Mapping[type[Any], Sequence[str]]) ->
             if table is not whole:
                 for name in names:
                     whole = whole.append_column(name, table[name])
-        start = 0
-        for end in pc.run_end_encode(whole["problem"].combine_chunks()).run_ends.to_pylist():
-            yield whole.slice(start, end - start)
-            start = end
+        yield from problem_tables(whole)
+
+
+def problem_tables(shard: pa.Table) -> Iterator[pa.Table]:
+    """The part of every problem of a shard."""
+    start = 0
+    for end in pc.run_end_encode(shard["problem"].combine_chunks()).run_ends.to_pylist():
+        yield shard.slice(start, end - start)
+        start = end
 
 
 def by_problem(

@@ -77,7 +77,8 @@ class Scorer:
         """
         trees, counts = [], []
         for question, completions in items:
-            branches = [Branch(c, value_weights=np.ones(len(c), np.float32)) for c in completions]
+            ones = np.ones(max(map(len, completions), default=0), np.float32)
+            branches = [Branch(c, value_weights=ones[: len(c)]) for c in completions]
             parts = split(Tree(question, branches), self._row_tokens)
             trees += parts
             counts.append(len(parts))

@@ -17,9 +17,10 @@ Of many processes, all run every stage, but for those that the first one runs al
 belongs to one process (`_own`), which alone reads or writes it; the work directory is common.
 """
 
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -337,6 +339,15 @@ def _write(run: Run, path: Path, kind: type[Record], rows: Sequence[Record]) -> 
         records.write(path, kind, rows)
 
 
+def _write_beside(
+    run: Run, path: Path, kind: type[Any], shard: pa.Table, columns: dict[str, Any]
+) -> None:
+    """`_write` of columns whose rows are those of another shard."""
+    if run.share.speaks:
+        keys = {name: shard[name] for name in ("problem", "sample")}
+        records.write_columns(path, kind, keys | columns)
+
+
 def _parts(run: Run, folder: Path, problems: Sequence[Problem]) -> dict[Path, Sequence[Problem]]:
     """The record shards of a folder that are this process's, and the problems of each."""
     size = run.config.records.shard_problems
@@ -461,43 +472,31 @@ def label(run: Run) -> None:
 def _label(run: Run, split: str, problems: Sequence[Problem], paths: Sequence[Path]) -> None:
     gold = {p.id: p.solution for p in problems}
     for path in paths:
-        labels = [
-            Label(
-                c["problem"],
-                c["sample"],
-                answers.extract(c["text"]),
-                answers.is_correct(c["text"], gold[c["problem"]]),
-                answers.is_numerically_correct(c["text"], gold[c["problem"]]),
-            )
-            for c in records.read(path, Completion, ["problem", "sample", "text"])
-        ]
-        _write(run, run.folder / "labels" / split / path.name, Label, labels)
+        shard = records.read_table(path, Completion, ["problem", "sample", "text"])
+        judged = [row for table in records.problem_tables(shard) for row in _judged(table, gold)]
+        answer, correct, numeric = zip(*judged, strict=True)
+        labels = {"answer": answer, "correct": correct, "numeric": numeric}
+        _write_beside(run, run.folder / "labels" / split / path.name, Label, shard, labels)
+
+
+def _judged(completions: pa.Table, gold: dict[str, str]) -> Iterator[tuple[str | None, bool, bool]]:
+    """Answer, is it correct and is it numerically, of every completion of a problem."""
+    solution = gold[completions["problem"][0].as_py()]
+
+    @functools.cache
+    def judge(ending: str) -> tuple[str | None, bool, bool]:
+        return (
+            answers.extract(ending),
+            answers.is_correct(ending, solution),
+            answers.is_numerically_correct(ending, solution),
+        )
+
+    return (judge(answers.ending(text)) for text in completions["text"].to_pylist())
 
 
 def verify(run: Run) -> None:
     """Train the verifier on labelled completions (section 4.2)."""
     options = run.config.verify
-
-    def trees(split: str) -> list[Tree]:
-        problems = {p.id: p for p in run.problems(split)}
-        made: list[Tree] = []
-        if not (run.folder / "samples" / split).is_dir():
-            return made
-        for problem, rows in records.by_problem(run.folder, split, Completion, Label):
-            chosen = rows[: options.completions or None]
-            made += verifier_trees(
-                run.question(problems[problem]),
-                run.solution(problems[problem]),
-                [c.tokens for c, _ in chosen],
-                [label.correct for _, label in chosen],
-                level=options.level,
-                objective=options.objective,
-                mix=options.mix,
-                branches=options.branches,
-                capacity=options.row_tokens,
-            )
-        return made
-
     judge = run.judge
     initial = _raw(options.initial_value, options.squash)
     params = transformer.neutral_head(judge.model, judge.params(options.init), initial)
@@ -508,10 +507,34 @@ def verify(run: Run) -> None:
         stage="verify",
         model=judge.model,
         params=params,
-        trees=trees("train"),
-        held_out=trees("heldout"),
+        trees=_verifier_trees(run, "train"),
+        held_out=_verifier_trees(run, "heldout"),
         objective=objective,
     )
+
+
+def _verifier_trees(run: Run, split: str) -> list[Tree]:
+    """The labelled completions of a split, of which only tokens and labels are kept in memory."""
+    if not (run.folder / "samples" / split).is_dir():
+        return []
+    options, problems = run.config.verify, {p.id: p for p in run.problems(split)}
+    made: list[Tree] = []
+    columns = {Completion: ["tokens"], Label: ["correct"]}
+    for table in records.tables(run.folder, split, columns):
+        problem = problems[table["problem"][0].as_py()]
+        chosen = table.slice(0, options.completions or None)
+        made += verifier_trees(
+            run.question(problem),
+            run.solution(problem),
+            records.lists(chosen["tokens"]),
+            chosen["correct"].to_pylist(),
+            level=options.level,
+            objective=options.objective,
+            mix=options.mix,
+            branches=options.branches,
+            capacity=options.row_tokens,
+        )
+    return made
 
 
 def _raw(value: float, squash: str) -> float:
@@ -539,36 +562,33 @@ def score(run: Run) -> None:
         row_tokens=run.config.score.row_tokens,
         rows=run.config.score.rows,
     )
-    problems = {p.id: p for p in test}
+    _score(run, scorer)
+
+
+def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]]]) -> None:
+    """Value the completions of the test problems, a shard at a time."""
+    problems = {p.id: p for p in run.problems("test")}
     scores = run.folder / "scores/test"
-    own = _own(run, records.shards(samples / "test"))
+    own = _own(run, records.shards(run.folder / "samples/test"))
     todo = [path for path in own if not (scores / path.name).exists()]
     (rounds,) = processes.largest(len(todo))  # a process without a shard left goes on with none
     with _bar("score test", "shard", len(todo)) as bar:
         for path in [*todo, *[None] * (rounds - len(todo))]:
-            completions = records.read(path, Completion) if path else []
-            scored = list(_scores(run, scorer, problems, completions))
+            columns = ["problem", "sample", "tokens"]
+            shard = records.read_table(path, Completion, columns) if path else None
+            items = [
+                (run.question(problems[t["problem"][0].as_py()]), records.lists(t["tokens"]))
+                for t in (records.problem_tables(shard) if shard else ())
+            ]
+            values = [value for found in scorer(items) for value in found]
             if path:
-                _write(run, scores / path.name, Score, scored)
+                how = run.config.score.aggregate
+                scored = {
+                    "values": records.list_column(values, np.float32),
+                    "score": [aggregate(value, how) for value in values],
+                }
+                _write_beside(run, scores / path.name, Score, shard, scored)
                 bar.update()
-
-
-def _scores(
-    run: Run, scorer: Scorer, problems: dict[str, Problem], completions: Sequence[Completion]
-) -> Iterator[Score]:
-    groups = [
-        (problem, list(group))
-        for problem, group in itertools.groupby(completions, key=lambda c: c.problem)
-    ]
-    items = [(run.question(problems[p]), [c.tokens for c in group]) for p, group in groups]
-    for (_, group), values in zip(groups, scorer(items), strict=True):
-        for completion, value in zip(group, values, strict=True):
-            yield Score(
-                completion.problem,
-                completion.sample,
-                value.tolist(),
-                aggregate(value, run.config.score.aggregate),
-            )
 
 
 NUMERIC = {"greedy": "greedy", "random": "test"}  # methods scored as numbers too, and their splits
@@ -604,8 +624,8 @@ def rank_(run: Run) -> None:
 
 def _numeric(folder: Path, split: str) -> float:
     """Share of a split's completions whose answer is right as a number."""
-    tables = records.tables(folder, split, {Label: ["numeric"]})
-    return float(np.mean([right for table in tables for right in table["numeric"].to_pylist()]))
+    columns = [t["numeric"] for t in records.tables(folder, split, {Label: ["numeric"]})]
+    return sum(pc.sum(c).as_py() for c in columns) / sum(map(len, columns))
 
 
 def _choices(folder: Path) -> Iterator[rank.Choice]:
@@ -621,7 +641,7 @@ def _choices(folder: Path) -> Iterator[rank.Choice]:
             answer=table["answer"].to_pylist(),
             correct=table["correct"].to_numpy(),
             score=table["score"].to_numpy(),
-            value=[values[-1].as_py() for values in table["values"]],
+            value=records.last_of_lists(table["values"]),
             logprob=None if unknown else table["logprob"].to_numpy(),
             length=pc.list_value_length(table["tokens"]).to_numpy(),
         )

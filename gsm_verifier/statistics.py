@@ -143,14 +143,11 @@ def auroc(key: np.ndarray, label: np.ndarray) -> float | None:
       label: boolean array of the same size.
     """
     key, label = np.ravel(key), np.ravel(label)
-    positives = int(label.sum())
-    negatives = label.size - positives
-    if not positives or not negatives:
+    positive, negative = np.sort(key[label]), np.sort(key[~label])
+    if not positive.size or not negative.size:
         return None
-    _, group, size = np.unique(key, return_inverse=True, return_counts=True)
-    midrank = np.cumsum(size) - (size - 1) / 2
-    rank_sum = midrank[group][label].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+    less, not_more = (negative.searchsorted(positive, side).sum() for side in ("left", "right"))
+    return float((int(less) + int(not_more)) / 2 / (positive.size * negative.size))
 
 
 def auroc_within(key_PM: np.ndarray, label_PM: np.ndarray, count_P: np.ndarray) -> float | None:

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsm_verifier.text.answers import extract, is_correct, is_integer, is_numerically_correct
+from gsm_verifier.text.answers import (
+    ending,
+    extract,
+    is_correct,
+    is_integer,
+    is_numerically_correct,
+)
 
 settings.register_profile("untimed", deadline=None)  # machines are shared
 settings.load_profile("untimed")
@@ -112,6 +118,15 @@ def test_official_implies_numeric(text, gold):
         assert is_correct(completion, gold) == official_score(completion, gold)
         if is_correct(completion, gold):
             assert is_numerically_correct(completion, gold)
+
+
+@given(near_answers | st.text(st.sampled_from("# 18.$-")), st.integers(-9, 99))
+def test_the_ending_decides(text, gold):
+    gold = f"#### {gold}"
+    assert text.endswith(ending(text))
+    assert extract(ending(text)) == extract(text)
+    for judge in (is_correct, is_numerically_correct):
+        assert judge(ending(text), gold) == judge(text, gold)
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))

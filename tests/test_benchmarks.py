@@ -35,8 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> list[str]:
 
 def told(program: str, *options: str) -> dict[str, Any]:
     """The one line a benchmark prints."""
+    rounds = ["--rounds", "1"] if program != "records" else []
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{program}", "--rounds", "1", *options],
+        [sys.executable, "-m", f"benchmarks.{program}", *rounds, *options],
         cwd=ROOT,
         env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -102,6 +103,22 @@ def test_training(folders: list[str]) -> None:
     assert_stands(found)
     assert found["gradient_difference"] < 1e-4
     assert found["trees_time_ratio"] > 0
+
+
+def test_records(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    parts = ["samples", "score", "label", "trees", "rank", "report"]
+    sizes = ["--problems", "5", "--completions", "6", "--shard-problems", "2"]
+    found = told("records", *sizes, "--folder", str(folder), "--parts", *parts)
+    assert found["rows"] == 30
+    assert list(found["parts"]) == parts
+    assert all(part["memory_mib"] > 10 for part in found["parts"].values())
+    assert {kind: disk["files"] for kind, disk in found["disk"].items()} == {
+        "samples": 3,
+        "labels": 3,
+        "scores": 3,
+    }
+    assert json.loads((folder / "results.json").read_bytes())["splits"]["test"]["samples"] == 6
 
 
 def test_a_contender_nobody_knows_is_refused(folders: list[str]) -> None:

@@ -28,7 +28,7 @@ def test_a_tree_is_laid_out_as_documented() -> None:
         [10, 11, 12],
         [
             Branch([20, 21, 22], value_weights=np.array([0.0, 0.5, 1.0]), label=1.0),
-            Branch([30, 31], lm_weight=4.0, value_weights=np.array([2.0, 3.0])),
+            Branch(np.array([30, 31]), lm_weight=4.0, value_weights=np.array([2.0, 3.0])),
         ],
         lm_weight=0.25,
     )

@@ -144,6 +144,15 @@ def test_ties_go_to_the_lowest_index_in_long_rows_too() -> None:
     assert (candidates.order_PM(parity_PM) == expected_M).all()
 
 
+def test_how_many_problems_are_ranked_at_a_time_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    candidates = random_candidates()
+    at_once_P = rank.best_of(candidates, candidates.score_PM, 7)
+    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 3 * 20)  # three problems
+    np.testing.assert_array_equal(rank.best_of(candidates, candidates.score_PM, 7), at_once_P)
+
+
 def test_best_of_is_unbiased_whatever_the_number_of_samples() -> None:
     """The value at n of M samples is the mean of the values at n of their (M-1)-subsets."""
     candidates = random_candidates(problems=8, samples=7)
@@ -178,14 +187,13 @@ def test_vote_in_every_subset_follows_the_rule(
             candidates, n, lambda p, s, ballot=ballot: elect(candidates, p, s, ballot)
         )
         for p in np.flatnonzero(candidates.count_P):
-            row = slice(p, p + 1)
+            row, order_M = slice(p, p + 1), order_PM[p]
+            rank_SN = rank._ranks(order_M, np.array(subsets_of(candidates, p, n)))
             value_P = rank._hold(
-                candidates.answer_PM[row],
-                candidates.correct_PM[row],
-                order_PM[row],
-                None if weight_PM is None else weight_PM[row],
-                np.array(subsets_of(candidates, p, n))[None],
-                ballot.k,
+                candidates.answer_PM[p, order_M],
+                candidates.correct_PM[p, order_M],
+                None if weight_PM is None else weight_PM[p, order_M],
+                rank_SN[:, : ballot.k],
             )
             np.testing.assert_allclose(value_P, expected_P[row], **TOLERANCE)
             if ballot.k == 1:
@@ -234,14 +242,41 @@ def test_random_subsets_converge_to_enumeration() -> None:
         assert (np.abs(value_P - exact_P) <= allowed_P).all(), ballot
 
 
-def test_votes_depend_on_the_seed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_equal_a_plain_count_in_the_same_subsets() -> None:
+    """Many samples, many answers, several ballots of a size, and a problem with fewer samples."""
+    full, samples, subsets = random_candidates(problems=3, samples=300), 300, 4
+    rng = np.random.default_rng(5)
+    count_P = np.array([300, 300, 170])
+    answer_PM = np.where(full.correct_PM, 0, rng.integers(-1, 250, (3, samples)))
+    answer_PM[np.arange(samples) >= count_P[:, None]] = rank.NO_ANSWER
+    correct_PM = answer_PM == 0
+    candidates = Candidates(answer_PM, correct_PM, correct_PM, count_P, full.score_PM)
+    ballots = [
+        Ballot(n, k, by_score, weighted)
+        for n in (2, 40, 200)
+        for k, by_score, weighted in (
+            (None, False, False),
+            (2, True, False),
+            (30, True, True),
+            (None, True, True),
+            (None, False, True),
+        )
+        if k is None or k <= n
+    ]
+    key_PSM = np.random.default_rng(7).random((3, subsets, samples))
+    for ballot, value_P in zip(ballots, rank.vote(candidates, ballots, subsets, 7), strict=True):
+        for p, count in enumerate(count_P):
+            drawn = [key_M[:count].argsort()[: ballot.n].tolist() for key_M in key_PSM[p]]
+            right = [elect(candidates, p, subset, ballot) for subset in drawn]
+            assert value_P[p] == np.mean(right), ballot
+
+
+def test_votes_depend_on_the_seed_only() -> None:
     candidates = random_candidates()
     first, other = (rank.vote(candidates, [Ballot(7)], 50, seed)[0] for seed in (0, 1))
     assert (first != other).any()
     together = rank.vote(candidates, [Ballot(3, 2, by_score=True), Ballot(7)], 50, 0)[1]
     np.testing.assert_array_equal(first, together)
-    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 3 * 50 * 20)  # three problems at a time
-    np.testing.assert_array_equal(first, rank.vote(candidates, [Ballot(7)], 50, 0)[0])
 
 
 def test_ties_and_missing_answers_by_example() -> None:

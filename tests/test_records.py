@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -66,6 +67,31 @@ def test_read_gives_what_was_written(kind: type, data: st.DataObject, tmp_path_f
     narrow = records.read(path, kind, names)
     assert narrow == [{name: getattr(row, name) for name in names} for row in rows]
     assert [file.name for file in path.parent.iterdir()] == ["0.parquet"]
+
+
+def test_columns_are_written_as_rows_are(tmp_path) -> None:
+    rows = [Score("a", m, [m / 4] * m, m / 2) for m in range(4)]
+    records.write(tmp_path / "rows", Score, rows)
+    columns = {
+        "problem": ["a"] * 4,
+        "sample": np.arange(4, dtype=np.int32),
+        "values": records.list_column([np.array(r.values, np.float32) for r in rows], np.float32),
+        "score": [r.score for r in rows],
+    }
+    records.write_columns(tmp_path / "columns", Score, columns)
+    assert (tmp_path / "rows").read_bytes() == (tmp_path / "columns").read_bytes()
+
+
+@given(st.lists(ids), st.integers(0, 9), st.integers(0, 9))
+def test_lists_are_taken_apart(rows: list[list[int]], start: int, length: int) -> None:
+    """Of any part of a column in any number of pieces."""
+    pieces = [pa.array(rows, pa.list_(pa.int32())), pa.array(rows[:2], pa.list_(pa.int32()))]
+    column, expected = pa.chunked_array(pieces).slice(start, length), [*rows, *rows[:2]]
+    expected = expected[start : start + length]
+    assert [row.tolist() for row in records.lists(column)] == expected
+    assert records.list_column(records.lists(column), np.int32).to_pylist() == expected
+    if all(expected):
+        assert records.last_of_lists(column).tolist() == [row[-1] for row in expected]
 
 
 def test_writing_is_deterministic(tmp_path) -> None:

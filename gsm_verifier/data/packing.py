@@ -32,7 +32,7 @@ FIELDS: dict[str, type] = {
 OPEN_ROWS = 64  # rows the packer tries before it opens a new one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every completion
 class Branch:
     """One solution of a tree.
 
@@ -78,7 +78,8 @@ class Tree:
         for number, branch in enumerate(self.branches, 1):
             m = len(branch.tokens)
             here = slice(start, start + branch.length)
-            row["tokens"][here] = [self.question[-1], *branch.tokens][: branch.length]
+            row["tokens"][here][:1] = self.question[-1]
+            row["tokens"][here][1:] = branch.tokens[: max(branch.length - 1, 0)]
             row["targets"][start : start + m] = branch.tokens
             row["position"][here] = q + np.arange(branch.length)
             row["branch"][here] = number

@@ -18,6 +18,15 @@ _NUMERIC = re.compile(
 _MAX_LENGTH = 64  # characters of a number worth comparing; commas counted, gold has at most 11
 
 
+def ending(text: str) -> str:
+    """Returns `text` from its first `####` on: all that the functions below look at.
+
+    The many completions of a problem have few endings.
+    """
+    _, mark, rest = text.partition("####")
+    return mark + rest
+
+
 def extract(text: str) -> str | None:
     """Returns the final answer, commas removed, or None: the first `#### ` followed by a number."""
     match = _OFFICIAL.search(text)

@@ -90,11 +90,13 @@ def verifier_trees(
     """
     trees = []
     judged = []
+    longest = max(map(len, completions), default=0)
+    weights = np.ones(longest, np.float32)  # of all: each completion's are its last ones
+    if level == "solution":
+        weights[:-1] = 0.0
     for tokens, label in zip(completions, labels, strict=True):
-        weights = np.ones(len(tokens), np.float32)
-        if level == "solution":
-            weights[:-1] = 0.0
-        judged.append(Branch(tokens, value_weights=weights, label=float(label)))
+        own = weights[longest - len(tokens) :]
+        judged.append(Branch(tokens, value_weights=own, label=float(label)))
     for start in range(0, len(judged), branches):
         group = judged[start : start + branches]
         if objective == "joint" and mix == "weighted":
