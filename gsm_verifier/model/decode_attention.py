@@ -1,6 +1,6 @@
 """The sampler's attention on CPU in C++ (decode_attention.cc), where a C++ compiler is at hand.
 
-It is compiled at first use, in a second or two, into the user's cache folder. At installation,
+It is compiled at first use, in a few seconds, into the user's cache folder. At installation,
 pip's isolated build would have to download a second jaxlib for its headers, and who installs may
 have another processor than who runs. Without a compiler, or if anything goes wrong with it, there
 is the attention in JAX, whose numbers are the same.
