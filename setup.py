@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["gsm_verifier", "gsm_verifier.*"]),
-    package_data={"gsm_verifier": ["data/*.tsv", "report/*.html", "pretrained/*/*"]},
+    package_data={"gsm_verifier": ["data/*.tsv", "report/*.html", "pretrained/*/*", "model/*.cc"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",

@@ -176,7 +176,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path, environment) ->
 
 
 MADE = {
-    "prepare": ["problems", "tokenizer.json"],
+    "prepare": ["problems", "tokenizer.json", "tokenizer_config.json", "model.json"],
     "pretrain": ["pretrained"],
     "finetune": ["generator", "baseline"],
 }

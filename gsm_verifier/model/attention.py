@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gsm_verifier import sharding
+from gsm_verifier.model import decode_attention
 
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
 LEAST_BLOCK = 32
@@ -204,20 +205,32 @@ class Branches:
             own_k_BTKHS=write(2, cache.own_k_BTKHS, k_BTKH),
             own_v_BTKSH=write(1, cache.own_v_BTKSH, v_BTKH),
         )
+        by_kernel = (
+            sharding.platform() == "cpu"
+            and cache.own_k_BTKHS.dtype == jnp.float32
+            and not look.cap
+            and decode_attention.available()
+        )
+        return (self._kernel if by_kernel else self._segments)(q_BTKGH, cache, look), cache
+
+    def _kernel(self, q_BTKGH: jax.Array, cache: BranchCache, look: Look) -> jax.Array:
+        """Attention that reads only what a slot sees, of each device's slots and heads."""
+        q = q_BTKGH * (look.scale or q_BTKGH.shape[-1] ** -0.5)
+        window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
+        arrays = (q.astype(jnp.float32), *cache, self.prompt_length_B, self.age_BT, window)
+        letters = ("BTKGH", "BKSH", "BKSH", "BTKHS", "BTKSH", "B", "BT", "")
+        attention = decode_attention.decode_attention
+        return sharding.local(attention, letters, "BTKGH", *arrays).astype(q_BTKGH.dtype)
+
+    def _segments(self, q_BTKGH: jax.Array, cache: BranchCache, look: Look) -> jax.Array:
+        """The same anywhere: all that is kept is multiplied, and what isn't seen is hidden."""
         prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
         own_S = jnp.arange(cache.own_v_BTKSH.shape[3])
         length_B1 = self.prompt_length_B[:, None]
         in_prompt = look.near((prompt_S < length_B1)[:, None], prompt_S[None])
         in_branch = look.near(own_S <= self.age_BT[..., None], length_B1 + own_S)
-        out = attend(
-            q_BTKGH,
-            [
-                Segment(
-                    SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt[:, None, :, None]
-                ),
-                Segment(OWN, cache.own_k_BTKHS, cache.own_v_BTKSH, in_branch[:, None, :, None]),
-            ],
-            look.scale,
-            look.cap,
+        prompt = Segment(
+            SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt[:, None, :, None]
         )
-        return out, cache
+        own = Segment(OWN, cache.own_k_BTKHS, cache.own_v_BTKSH, in_branch[:, None, :, None])
+        return attend(q_BTKGH, [prompt, own], look.scale, look.cap)

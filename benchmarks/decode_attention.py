@@ -1,0 +1,66 @@
+"""The sampler's attention on CPU: the C++ kernel beside the one in JAX, for one layer and step.
+
+    python -m benchmarks.decode_attention
+
+Prints one JSON line: of each the median milliseconds a call, by the clock and of the processors.
+The caches of several layers take turns, as in a model: none stays in the cache of the processor.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsm_verifier.model import decode_attention
+from gsm_verifier.model.attention import BranchCache, Branches, Look
+
+P, C, K, G, H, S, W = 8, 20, 3, 3, 64, 96, 240
+OLDEST = 120  # ages are spread evenly from 0 to it
+LAYERS = 4
+
+
+def main() -> None:
+    """Measure both in turns."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=40, help="of each, a round")
+    options = parser.parse_args()
+    if not decode_attention.available():
+        raise SystemExit("the kernel can't be compiled: install a C++ compiler or set CXX to one")
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    shapes = ((P, K, S, H), (P, K, S, H), (P, C, K, H, W), (P, C, K, W, H))
+    caches = [BranchCache(*(normal(*shape) for shape in shapes)) for _ in range(LAYERS)]
+    length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
+    slots, q_PCKGH = Branches(jnp.int32(length_P), jnp.int32(age_PC)), normal(P, C, K, G, H)
+    ways = {
+        "kernel": jax.jit(lambda slots, q, cache: slots._kernel(q, cache, Look())),
+        "jax": jax.jit(lambda slots, q, cache: slots._segments(q, cache, Look())),
+    }
+    clock = {way: [] for way in ways}
+    processors = {way: [] for way in ways}
+    for way in ways.values():
+        way(slots, q_PCKGH, caches[0]).block_until_ready()  # compiles
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            began, used = time.perf_counter(), time.process_time()
+            for call in range(options.calls):
+                way(slots, q_PCKGH, caches[call % LAYERS]).block_until_ready()
+            clock[name].append(1e3 * (time.perf_counter() - began) / options.calls)
+            processors[name].append(1e3 * (time.process_time() - used) / options.calls)
+    told = {
+        name: {"ms": statistics.median(clock[name]), "cpu_ms": statistics.median(processors[name])}
+        for name in ways
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The sampler's attention on CPU in C++ (decode_attention.cc), where a C++ compiler is at hand.
+
+It is compiled at first use, in a few seconds, into the user's cache folder. At installation,
+pip's isolated build would have to download a second jaxlib for its headers, and who installs may
+have another processor than who runs. Without a compiler, or if anything goes wrong with it, there
+is the attention in JAX, whose numbers are the same.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+
+SOURCE = Path(__file__).with_suffix(".cc")
+TARGET = "gsm_verifier_decode_attention"
+OPTIONS = ("-std=c++17", "-O3", "-march=native")
+
+
+def _compiler(*arguments: str) -> str:
+    """The output of a call of the C++ compiler."""
+    command = [os.environ.get("CXX", "c++"), *OPTIONS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout
+
+
+def library() -> Path:
+    """The compiled kernel, of this source, compiler, processor and jaxlib.
+
+    Raises:
+      OSError, subprocess.SubprocessError: there is no compiler, or no place for what it compiles.
+    """
+    macros = _compiler("-dM", "-E", "-x", "c++", os.devnull)  # name compiler and processor
+    key = hashlib.sha256((SOURCE.read_text() + macros + jaxlib.version.__version__).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gsm_verifier"
+    compiled = cache / f"{SOURCE.stem}-{key.hexdigest()[:16]}.so"
+    if not compiled.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / compiled.name
+            headers = f"-I{jax.ffi.include_dir()}"
+            _compiler("-fPIC", "-shared", headers, str(SOURCE), "-o", str(built))
+            built.replace(compiled)  # whole or not at all, for processes that start together
+    return compiled
+
+
+@functools.cache
+def available() -> bool:
+    """Is the kernel there? Asked for the first time, it is compiled and made known to XLA."""
+    try:
+        handler = ctypes.CDLL(str(library())).DecodeAttention
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
+        return False
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    return True
+
+
+def decode_attention(
+    q_BTKGH: jax.Array,
+    prompt_k_BKSH: jax.Array,
+    prompt_v_BKSH: jax.Array,
+    own_k_BTKHS: jax.Array,
+    own_v_BTKSH: jax.Array,
+    prompt_length_B: jax.Array,
+    age_BT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """What each slot, whose own positions are 0 to its age, sees in its prompt and its branch.
+
+    Args:
+      q_BTKGH: scaled; like keys and values in float32, which is the result's dtype.
+      window: int32, how many positions back a slot sees, its last included; 0 for all.
+    """
+    result = jax.ShapeDtypeStruct(q_BTKGH.shape, jnp.float32)
+    return jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(
+        q_BTKGH,
+        prompt_k_BKSH,
+        prompt_v_BKSH,
+        own_k_BTKHS,
+        own_v_BTKSH,
+        prompt_length_B.astype(jnp.int32),
+        age_BT.astype(jnp.int32),
+        window,
+    )

@@ -1,0 +1,146 @@
+"""The C++ kernel against the attention in JAX, which takes its place where there is no compiler."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsm_verifier import sharding
+from gsm_verifier.model import decode_attention
+from gsm_verifier.model.attention import BranchCache, Branches, Look
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="the kernel is compiled by c++"
+)
+LETTERS = ("BTKGH", "BKSH", "BKSH", "BTKHS", "BTKSH", "B", "BT")
+
+
+def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int) -> list[np.ndarray]:
+    """Arrays of LETTERS; prompts from 0 to S positions, ages from 0 to W, which a done slot has.
+
+    What a slot doesn't see is so large that it would show.
+    """
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, K, G, H), (B, K, S, H), (B, K, S, H), (B, T, K, H, W), (B, T, K, W, H))
+    q, prompt_k, prompt_v, own_k, own_v = [rng.normal(size=s).astype(np.float32) for s in shapes]
+    length_B = np.linspace(0, S, B).round().astype(np.int32)
+    age_BT = (np.arange(B * T, dtype=np.int32) * 7 % (W + 1)).reshape(B, T)
+    for b, length in enumerate(length_B):
+        prompt_k[b, :, length:] = prompt_v[b, :, length:] = 1e3
+        for t, age in enumerate(age_BT[b]):
+            own_k[b, t, :, :, age + 1 :] = own_v[b, t, :, age + 1 :] = 1e3
+    return [q, prompt_k, prompt_v, own_k, own_v, length_B, age_BT]
+
+
+def both(arrays: list[jax.Array], **look: float) -> tuple[np.ndarray, np.ndarray]:
+    """(by the kernel, in JAX)."""
+    assert decode_attention.available()
+
+    @jax.jit
+    def outs(q: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *cache, length_B, age_BT = rest
+        context, seen = Branches(length_B, age_BT), Look(length_B[:, None] + age_BT, **look)
+        return tuple(
+            attention(q, BranchCache(*cache), seen)
+            for attention in (context._kernel, context._segments)
+        )
+
+    kernel, segments = outs(*arrays)
+    return np.asarray(kernel), np.asarray(segments)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("K", "G", "H", "S", "W"),
+    [
+        *((K, G, H, 32, 40) for K, G, H in itertools.product((1, 3), (1, 3), (32, 64))),
+        (2, 2, 8, 5, 7),  # nothing fills a vector
+        (1, 5, 48, 33, 70),  # several tiles, and what is left of each
+    ],
+)
+def test_the_kernel_is_the_attention_in_jax(K: int, G: int, H: int, S: int, W: int) -> None:
+    B = 4
+    arrays = example(B, -(-(W + 1) // B), K, G, H, S, W)
+    assert set(arrays[-1].flat) == set(range(W + 1))
+    kernel, segments = both(arrays)
+    np.testing.assert_allclose(kernel, segments, atol=1e-5)
+    assert np.abs(segments).max() < 10  # nothing hidden was seen
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [0, 1, 6, 50])
+def test_windows_and_a_scale(window: int) -> None:
+    arrays = example(4, 11, 2, 3, 32, 32, 40)
+    kernel, segments = both(arrays, window=window, scale=0.3)
+    # A slot of age W has no position of its own left that a narrow window reaches.
+    running = arrays[-1] < 40
+    np.testing.assert_allclose(kernel[running], segments[running], atol=1e-5)
+
+
+@needs_compiler
+def test_every_length_of_a_prompt() -> None:
+    arrays = example(33, 1, 1, 3, 32, 32, 16)
+    assert arrays[-2].tolist() == list(range(33))
+    np.testing.assert_allclose(*both(arrays), atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
+def test_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
+    mesh, arrays = make_mesh(*sizes), example(4, 5, 2, 3, 32, 32, 24)
+    alone, _ = both(arrays)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, sharding.named(mesh, letters))
+            for x, letters in zip(arrays, LETTERS, strict=True)
+        ]
+        kernel, segments = both(placed)
+    np.testing.assert_array_equal(kernel, alone)
+    np.testing.assert_allclose(kernel, segments, atol=1e-5)
+
+
+def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
+    """Whether one step of every slot does, of caches in `dtype`."""
+    q, *cache, length_B, age_BT = example(2, 3, 1, 2, 8, 4, 5)
+    own = [jnp.asarray(x, dtype) for x in cache]
+    new = q[:, :, :, 0]
+
+    def step() -> jax.Array:
+        return Branches(length_B, age_BT)(q, new, new, BranchCache(*own), Look(**look))[0]
+
+    return decode_attention.TARGET in str(jax.make_jaxpr(step)())
+
+
+@needs_compiler
+def test_it_is_used_where_it_applies() -> None:
+    assert calls_the_kernel()
+    assert calls_the_kernel(scale=0.5)
+    assert not calls_the_kernel(cap=30.0)
+    assert not calls_the_kernel("bfloat16")
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    decode_attention.available.cache_clear()
+    yield
+    decode_attention.available.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_there_is_jax(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert not decode_attention.available()
+    assert not calls_the_kernel()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("asked_anew")
+def test_without_a_place_for_it_there_is_jax(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not calls_the_kernel()
