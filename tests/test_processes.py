@@ -179,6 +179,9 @@ MADE = {
     "prepare": ["problems", "tokenizer.json", "tokenizer_config.json", "model.json"],
     "pretrain": ["pretrained"],
     "finetune": ["generator", "baseline"],
+    "sample": ["samples/train", "samples/heldout"],
+    "label": ["labels/train", "labels/heldout"],
+    "verify": ["verifier"],
 }
 
 
@@ -191,7 +194,7 @@ def copy_made(source: Path, folder: Path, *stages: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [DATA, FSDP, MIXED, TENSOR], ids=str)
+@pytest.mark.parametrize("mesh", [DATA, FSDP], ids=str)
 def test_two_processes_make_of_a_generator_what_one_makes(
     mesh: tuple[int, int, int], alone: Path, tmp_path: Path, environment
 ) -> None:
@@ -208,6 +211,27 @@ def test_two_processes_make_of_a_generator_what_one_makes(
     assert_clean(folder)
     assert "report: " in run.logs[0].read_text()
     assert "report: " not in run.logs[1].read_text()  # the first speaks for all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MIXED, TENSOR], ids=str)
+def test_two_processes_that_split_every_product_agree_with_one(
+    mesh: tuple[int, int, int], alone: Path, tmp_path: Path, environment
+) -> None:
+    """Sums are added up in another order, which now and then turns a draw (1 of 164 was seen)."""
+    folder = tmp_path / "run"
+    copy_made(alone, folder, "prepare", "finetune", "sample", "label", "verify")
+    run = main(folder, 2, environment, mesh=mesh)
+    assert run.codes() == [0, 0], run.told()
+    assert_same_losses(folder, alone, "pretrained")
+    ours, theirs = (records.read_all(f / "samples/test", Completion) for f in (folder, alone))
+    same = [a.tokens == b.tokens for a, b in zip(ours, theirs, strict=True)]
+    assert sum(same) >= 0.9 * len(same)
+    values = [records.read_all(f / "scores/test", Score) for f in (folder, alone)]
+    for a, b, alike in zip(*values, same, strict=True):
+        assert (a.problem, a.sample) == (b.problem, b.sample)
+        assert not alike or a.values == pytest.approx(b.values, abs=1e-5)
+    assert_clean(folder)
 
 
 def stop(
@@ -247,7 +271,7 @@ def test_a_dead_process_ends_the_other_and_one_ends_the_run(
     alone: Path, tmp_path: Path, environment
 ) -> None:
     folder = tmp_path / "run"
-    copy_made(alone, folder, *MADE)
+    copy_made(alone, folder, "prepare", "pretrain", "finetune")
     stages = "--stages=sample,label"
 
     def shards() -> int:
