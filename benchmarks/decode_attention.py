@@ -7,6 +7,7 @@ The caches of several layers take turns, as in a model: none stays in the cache 
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -36,23 +37,25 @@ def main() -> None:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
-    shapes = ((P, K, S, H), (P, K, S, H), (P, C, K, H, W), (P, C, K, W, H))
+    shapes = ((P, K, S, H), (P, K, S, H), (P, C, K, W, H), (P, C, K, W, H))
     caches = [BranchCache(*(normal(*shape) for shape in shapes)) for _ in range(LAYERS)]
     length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
-    slots, q_PCKGH = Branches(jnp.int32(length_P), jnp.int32(age_PC)), normal(P, C, K, G, H)
+    slots = Branches(jnp.int32(length_P), jnp.int32(age_PC))
+    step = (normal(P, C, K, G, H), normal(P, C, K, H), normal(P, C, K, H))
     ways = {
-        "kernel": jax.jit(lambda slots, q, cache: slots._kernel(q, cache, Look())),
-        "jax": jax.jit(lambda slots, q, cache: slots._segments(q, cache, Look())),
+        name: jax.jit(functools.partial(way, look=Look()), donate_argnames="cache")
+        for name, way in (("kernel", slots._kernel), ("jax", slots._segments))
     }
     clock = {way: [] for way in ways}
     processors = {way: [] for way in ways}
     for way in ways.values():
-        way(slots, q_PCKGH, caches[0]).block_until_ready()  # compiles
+        _, caches[0] = jax.block_until_ready(way(*step, cache=caches[0]))  # compiles
     for _ in range(options.rounds):
         for name, way in ways.items():
             began, used = time.perf_counter(), time.process_time()
             for call in range(options.calls):
-                way(slots, q_PCKGH, caches[call % LAYERS]).block_until_ready()
+                at = call % LAYERS
+                _, caches[at] = jax.block_until_ready(way(*step, cache=caches[at]))
             clock[name].append(1e3 * (time.perf_counter() - began) / options.calls)
             processors[name].append(1e3 * (time.process_time() - used) / options.calls)
     told = {

@@ -158,9 +158,11 @@ def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
 
 
 def local(
-    function: Callable[..., jax.Array], letters: Sequence[str], out: str, *arrays: jax.Array
-) -> jax.Array:
+    function: Callable[..., Any], letters: Sequence[str], out: Any, *arrays: jax.Array
+) -> Any:
     """`function` of each device's part of the arrays, whose dimensions are `letters`.
+
+    Its result is an array of dimensions `out`, or where that is a tuple, several.
 
     For work that is separate along every sharded dimension, such as a loop over rows, which the
     partitioner would otherwise gather. Arrays the mesh can't divide are worked on whole.
@@ -174,7 +176,7 @@ def local(
     if whole:
         return function(*arrays)
     specs = tuple(spec(names) for names in letters)
-    return jax.shard_map(function, in_specs=specs, out_specs=spec(out))(*arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(spec, out))(*arrays)
 
 
 def _is_box(x: Any) -> bool:

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from gsm_verifier.model.attention import BranchCache, Branches, Look
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the kernel is compiled by c++"
 )
-LETTERS = ("BTKGH", "BKSH", "BKSH", "BTKHS", "BTKSH", "B", "BT")
+LETTERS = ("BTKGH", "BTKH", "BTKH", "BKSH", "BKSH", "BTKSH", "BTKSH", "B", "BT")
 
 
 def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int) -> list[np.ndarray]:
@@ -25,32 +26,41 @@ def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int) -> list[np.n
     What a slot doesn't see is so large that it would show.
     """
     rng = np.random.default_rng(0)
-    shapes = ((B, T, K, G, H), (B, K, S, H), (B, K, S, H), (B, T, K, H, W), (B, T, K, W, H))
-    q, prompt_k, prompt_v, own_k, own_v = [rng.normal(size=s).astype(np.float32) for s in shapes]
+    new, prompt, own = (B, T, K, H), (B, K, S, H), (B, T, K, W, H)
+    shapes = ((B, T, K, G, H), new, new, prompt, prompt, own, own)
+    # Of numbers that are bfloat16 too.
+    arrays = [np.asarray(jnp.bfloat16(rng.normal(size=s)), np.float32) for s in shapes]
+    prompt_k, prompt_v, own_k, own_v = arrays[3:]
     length_B = np.linspace(0, S, B).round().astype(np.int32)
     age_BT = (np.arange(B * T, dtype=np.int32) * 7 % (W + 1)).reshape(B, T)
     for b, length in enumerate(length_B):
         prompt_k[b, :, length:] = prompt_v[b, :, length:] = 1e3
         for t, age in enumerate(age_BT[b]):
-            own_k[b, t, :, :, age + 1 :] = own_v[b, t, :, age + 1 :] = 1e3
-    return [q, prompt_k, prompt_v, own_k, own_v, length_B, age_BT]
+            # What is at its age is about to be replaced.
+            own_k[b, t, :, age:] = own_v[b, t, :, age:] = 1e3
+    return [*arrays, length_B, age_BT]
 
 
-def both(arrays: list[jax.Array], **look: float) -> tuple[np.ndarray, np.ndarray]:
-    """(by the kernel, in JAX)."""
+def both(
+    arrays: list[jax.Array], dtype: str = "float32", **look: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(by the kernel, in JAX), of caches in `dtype`; what they keep must be the same."""
     assert decode_attention.available()
 
     @jax.jit
-    def outs(q: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def outs(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         *cache, length_B, age_BT = rest
         context, seen = Branches(length_B, age_BT), Look(length_B[:, None] + age_BT, **look)
-        return tuple(
-            attention(q, BranchCache(*cache), seen)
-            for attention in (context._kernel, context._segments)
-        )
+        kept = BranchCache(*(x.astype(dtype) for x in cache))
+        return [step(q, k, v, kept, seen) for step in (context._kernel, context._segments)]
 
-    kernel, segments = outs(*arrays)
-    return np.asarray(kernel), np.asarray(segments)
+    (kernel, ours), (segments, theirs) = jax.tree.map(np.asarray, outs(*arrays))
+    running = np.asarray(arrays[-1]) < arrays[-3].shape[3]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_array_equal(*(x[running] if x.ndim == 5 else x for x in (a, b)))
+    # One that is done writes nowhere by the kernel, and over its last position in JAX.
+    return kernel[running], segments[running]
 
 
 @needs_compiler
@@ -69,16 +79,15 @@ def test_the_kernel_is_the_attention_in_jax(K: int, G: int, H: int, S: int, W: i
     kernel, segments = both(arrays)
     np.testing.assert_allclose(kernel, segments, atol=1e-5)
     assert np.abs(segments).max() < 10  # nothing hidden was seen
+    narrow, _ = both(arrays, "bfloat16")
+    np.testing.assert_allclose(narrow, kernel, atol=1e-6)  # of the same numbers
 
 
 @needs_compiler
 @pytest.mark.parametrize("window", [0, 1, 6, 50])
 def test_windows_and_a_scale(window: int) -> None:
     arrays = example(4, 11, 2, 3, 32, 32, 40)
-    kernel, segments = both(arrays, window=window, scale=0.3)
-    # A slot of age W has no position of its own left that a narrow window reaches.
-    running = arrays[-1] < 40
-    np.testing.assert_allclose(kernel[running], segments[running], atol=1e-5)
+    np.testing.assert_allclose(*both(arrays, window=window, scale=0.3), atol=1e-5)
 
 
 @needs_compiler
@@ -105,12 +114,11 @@ def test_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
 
 def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
     """Whether one step of every slot does, of caches in `dtype`."""
-    q, *cache, length_B, age_BT = example(2, 3, 1, 2, 8, 4, 5)
+    q, k, v, *cache, length_B, age_BT = example(2, 3, 1, 2, 8, 4, 5)
     own = [jnp.asarray(x, dtype) for x in cache]
-    new = q[:, :, :, 0]
 
     def step() -> jax.Array:
-        return Branches(length_B, age_BT)(q, new, new, BranchCache(*own), Look(**look))[0]
+        return Branches(length_B, age_BT)(q, k, v, BranchCache(*own), Look(**look))[0]
 
     return decode_attention.TARGET in str(jax.make_jaxpr(step)())
 
@@ -120,7 +128,7 @@ def test_it_is_used_where_it_applies() -> None:
     assert calls_the_kernel()
     assert calls_the_kernel(scale=0.5)
     assert not calls_the_kernel(cap=30.0)
-    assert not calls_the_kernel("bfloat16")
+    assert calls_the_kernel("bfloat16")
 
 
 @pytest.fixture

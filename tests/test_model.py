@@ -33,7 +33,7 @@ from gsm_verifier.model.attention import (
     by_rows,
 )
 from gsm_verifier.model.config import ModelConfig
-from gsm_verifier.model.transformer import Block, Params, Transformer, rotate
+from gsm_verifier.model.transformer import Block, Params, Transformer, rotate, turn
 from gsm_verifier.train.batch import Batch
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -186,7 +186,7 @@ def test_rotary_products_depend_on_the_distance_only(i: int, j: int, shift: int)
     q, k = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def product(i: int, j: int) -> float:
-        turned = [rotate(x, np.array([[p]]), 10_000.0) for x, p in ((q, i), (k, j))]
+        turned = [rotate(x, turn(np.array([[p]]), 10_000.0, 4)) for x, p in ((q, i), (k, j))]
         np.testing.assert_allclose(
             [np.linalg.norm(x) for x in turned], [np.linalg.norm(x) for x in (q, k)], rtol=1e-5
         )
@@ -205,8 +205,8 @@ def test_rotary_embedding_multiplies_by_unit_complex_numbers() -> None:
             1j * position_BT[..., None, None] * frequency
         )
         expected = np.concatenate([turned.real, turned.imag], -1)
-        np.testing.assert_allclose(rotate(x, position_BT, theta), expected, atol=1e-5)
-    np.testing.assert_array_equal(rotate(x, np.zeros((2, 7), int), 100.0), x)
+        np.testing.assert_allclose(rotate(x, turn(position_BT, theta, 4)), expected, atol=1e-5)
+    np.testing.assert_array_equal(rotate(x, turn(np.zeros((2, 7), int), 100.0, 4)), x)
 
 
 def oracle_attention(
@@ -237,7 +237,7 @@ def test_attend_is_the_softmax_over_the_concatenation_of_its_segments() -> None:
     sees_shared[..., 0] = sees_own[..., 0] = True
     segments = {
         "shared": Segment(SHARED, *shared, sees_shared[:, None, :, None]),
-        "own": Segment(OWN, own[0].swapaxes(3, 4), own[1], sees_own[:, None, :, None]),
+        "own": Segment(OWN, *own, sees_own[:, None, :, None]),
     }
     for names in (["shared"], ["own"], ["shared", "own"], ["own", "shared"]):
         out = attend(jnp.asarray(q), [segments[n] for n in names])
@@ -621,6 +621,7 @@ def test_residual_dropout_drops_what_a_sublayer_adds() -> None:
                 x_BTD,
                 None,
                 position_BT,
+                [],
                 causal(32, 8),
                 rngs=None if key is None else {"dropout": key},
             )

@@ -21,17 +21,13 @@ LEAST_BLOCK = 32
 HIDDEN = -1e30  # a finite "never": a row that sees nothing must not become NaN
 
 
-# The letters of keys and of values. A query's own keys lie with S last: one query is a product of
-# G rows, for which XLA:CPU then runs along the keys. 320 slots of 112 tokens in 6 layers took 28.9
-# ms a step with H last and 23.1 so with 4 KV heads of 32, 12.1 and 9.2 with one.
-SHARED = ("BKSH", "BKSH")
-OWN = ("BTKHS", "BTKSH")
+SHARED, OWN = "BKSH", "BTKSH"
 
 
 class Segment(NamedTuple):
     """Keys and values under the softmax, SHARED by the queries of a row or each query's OWN."""
 
-    letters: tuple[str, str]
+    letters: str
     k: jax.Array
     v: jax.Array
     visible: jax.Array  # bool, broadcastable to [B, K, T, G, S]
@@ -77,7 +73,7 @@ def attend(
     product with the values, on H instead of S numbers.
     """
     q = q_BTKGH * (scale or q_BTKGH.shape[-1] ** -0.5)
-    logits = [_einsum(f"BTKGH,{s.letters[0]}->BKTGS", q, s.k) for s in segments]
+    logits = [_einsum(f"BTKGH,{s.letters}->BKTGS", q, s.k) for s in segments]
     if cap:
         logits = [cap * jnp.tanh(part / cap) for part in logits]
     logits = [jnp.where(s.visible, part, HIDDEN) for s, part in zip(segments, logits, strict=True)]
@@ -86,7 +82,7 @@ def attend(
     weights = [jnp.exp(part - top) for part in logits]
     total_BKTG = sum(w.sum(-1) for w in weights)
     out_BTKGH = sum(
-        _einsum(f"BKTGS,{s.letters[1]}->BTKGH", w.astype(s.v.dtype), s.v)
+        _einsum(f"BKTGS,{s.letters}->BTKGH", w.astype(s.v.dtype), s.v)
         for w, s in zip(weights, segments, strict=True)
     )
     return (out_BTKGH / total_BKTG.swapaxes(1, 2)[..., None]).astype(q_BTKGH.dtype)
@@ -162,8 +158,10 @@ def kept(dtype: str, mesh: jax.sharding.Mesh) -> str:
 
     XLA:CPU multiplies them in float32 only (see `_einsum`). Kept in bfloat16, all of them would be
     converted for every token, which takes twice the time of the products; the numbers are the same.
+    The kernel converts what it reads.
     """
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else dtype
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return "float32" if on_cpu and not decode_attention.available() else dtype
 
 
 class BranchCache(NamedTuple):
@@ -171,7 +169,7 @@ class BranchCache(NamedTuple):
 
     prompt_k_BKSH: jax.Array
     prompt_v_BKSH: jax.Array
-    own_k_BTKHS: jax.Array
+    own_k_BTKSH: jax.Array
     own_v_BTKSH: jax.Array
 
 
@@ -192,38 +190,50 @@ class Branches:
         cache: BranchCache,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, BranchCache]:
-        def write(axis: int, own_BT: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-            """`new` at each slot's age, which `axis` of a slot's own counts."""
+        by_kernel = sharding.platform() == "cpu" and not look.cap and decode_attention.available()
+        step = self._kernel if by_kernel else self._segments
+        return step(q_BTKGH, k_BTKH, v_BTKH, cache, look)
 
-            def one(own: jax.Array, new_KH: jax.Array, age: jax.Array) -> jax.Array:
-                new = jnp.expand_dims(new_KH, axis).astype(own.dtype)
-                return jax.lax.dynamic_update_slice_in_dim(own, new, age, axis)
-
-            return jax.vmap(jax.vmap(one))(own_BT, new_BTKH, self.age_BT)
-
-        cache = cache._replace(
-            own_k_BTKHS=write(2, cache.own_k_BTKHS, k_BTKH),
-            own_v_BTKSH=write(1, cache.own_v_BTKSH, v_BTKH),
-        )
-        by_kernel = (
-            sharding.platform() == "cpu"
-            and cache.own_k_BTKHS.dtype == jnp.float32
-            and not look.cap
-            and decode_attention.available()
-        )
-        return (self._kernel if by_kernel else self._segments)(q_BTKGH, cache, look), cache
-
-    def _kernel(self, q_BTKGH: jax.Array, cache: BranchCache, look: Look) -> jax.Array:
+    def _kernel(
+        self,
+        q_BTKGH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        cache: BranchCache,
+        look: Look,
+    ) -> tuple[jax.Array, BranchCache]:
         """Attention that reads only what a slot sees, of each device's slots and heads."""
         q = q_BTKGH * (look.scale or q_BTKGH.shape[-1] ** -0.5)
         window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
-        arrays = (q.astype(jnp.float32), *cache, self.prompt_length_B, self.age_BT, window)
-        letters = ("BTKGH", "BKSH", "BKSH", "BTKHS", "BTKSH", "B", "BT", "")
-        attention = decode_attention.decode_attention
-        return sharding.local(attention, letters, "BTKGH", *arrays).astype(q_BTKGH.dtype)
+        step = [x.astype(jnp.float32) for x in (q, k_BTKH, v_BTKH)]
+        arrays = (*step, *cache, self.prompt_length_B, self.age_BT, window)
+        letters = ("BTKGH", "BTKH", "BTKH", SHARED, SHARED, OWN, OWN, "B", "BT", "")
+        out, own_k, own_v = sharding.local(
+            decode_attention.decode_attention, letters, ("BTKGH", OWN, OWN), *arrays
+        )
+        cache = cache._replace(own_k_BTKSH=own_k, own_v_BTKSH=own_v)
+        return out.astype(q_BTKGH.dtype), cache
 
-    def _segments(self, q_BTKGH: jax.Array, cache: BranchCache, look: Look) -> jax.Array:
+    def _segments(
+        self,
+        q_BTKGH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        cache: BranchCache,
+        look: Look,
+    ) -> tuple[jax.Array, BranchCache]:
         """The same anywhere: all that is kept is multiplied, and what isn't seen is hidden."""
+
+        @jax.vmap
+        @jax.vmap
+        def write(own_KSH: jax.Array, new_KH: jax.Array, age: jax.Array) -> jax.Array:
+            new_KSH = new_KH[:, None].astype(own_KSH.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(own_KSH, new_KSH, age, 1)
+
+        cache = cache._replace(
+            own_k_BTKSH=write(cache.own_k_BTKSH, k_BTKH, self.age_BT),
+            own_v_BTKSH=write(cache.own_v_BTKSH, v_BTKH, self.age_BT),
+        )
         prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
         own_S = jnp.arange(cache.own_v_BTKSH.shape[3])
         length_B1 = self.prompt_length_B[:, None]
@@ -232,5 +242,5 @@ class Branches:
         prompt = Segment(
             SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt[:, None, :, None]
         )
-        own = Segment(OWN, cache.own_k_BTKHS, cache.own_v_BTKSH, in_branch[:, None, :, None])
-        return attend(q_BTKGH, [prompt, own], look.scale, look.cap)
+        own = Segment(OWN, cache.own_k_BTKSH, cache.own_v_BTKSH, in_branch[:, None, :, None])
+        return attend(q_BTKGH, [prompt, own], look.scale, look.cap), cache

@@ -20,6 +20,7 @@ import jaxlib.version
 
 SOURCE = Path(__file__).with_suffix(".cc")
 TARGET = "gsm_verifier_decode_attention"
+DTYPES = ("float32", "bfloat16")  # of the caches
 OPTIONS = ("-std=c++17", "-O3", "-march=native")
 
 
@@ -54,35 +55,48 @@ def library() -> Path:
 def available() -> bool:
     """Is the kernel there? Asked for the first time, it is compiled and made known to XLA."""
     try:
-        handler = ctypes.CDLL(str(library())).DecodeAttention
+        compiled = ctypes.CDLL(str(library()))
+        handlers = {dtype: jax.ffi.pycapsule(getattr(compiled, dtype)) for dtype in DTYPES}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
         return False
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    for dtype, handler in handlers.items():
+        jax.ffi.register_ffi_target(f"{TARGET}_{dtype}", handler, platform="cpu")
     return True
 
 
 def decode_attention(
     q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     prompt_k_BKSH: jax.Array,
     prompt_v_BKSH: jax.Array,
-    own_k_BTKHS: jax.Array,
+    own_k_BTKSH: jax.Array,
     own_v_BTKSH: jax.Array,
     prompt_length_B: jax.Array,
     age_BT: jax.Array,
     window: jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What each slot, whose own positions are 0 to its age, sees in its prompt and its branch.
 
     Args:
-      q_BTKGH: scaled; like keys and values in float32, which is the result's dtype.
+      q_BTKGH: scaled, float32.
+      k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet; float32.
+      prompt_k_BKSH and the others: of one of `DTYPES`, which holds the new ones without loss.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
+
+    Returns:
+      That, [B, T, K, G, H], and the branches' keys and values with the new ones, the same arrays.
     """
-    result = jax.ShapeDtypeStruct(q_BTKGH.shape, jnp.float32)
-    return jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(
+    alike = (q_BTKGH, own_k_BTKSH, own_v_BTKSH)
+    results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in alike)
+    target = f"{TARGET}_{own_k_BTKSH.dtype}"
+    return jax.ffi.ffi_call(target, results, input_output_aliases={5: 1, 6: 2})(
         q_BTKGH,
+        k_BTKH,
+        v_BTKH,
         prompt_k_BKSH,
         prompt_v_BKSH,
-        own_k_BTKHS,
+        own_k_BTKSH,
         own_v_BTKSH,
         prompt_length_B.astype(jnp.int32),
         age_BT.astype(jnp.int32),

@@ -10,8 +10,8 @@ language model never predicts that token, so a generator is a verifier whose hea
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,18 +95,31 @@ def stretch(config: ModelConfig) -> Any:
     return 1 / (stay + (1 - stay) / factor)
 
 
-def rotate(
-    x_BTNH: jax.Array, position_BT: jax.Array, theta: Any, stretch: Any = 1.0, fraction: float = 1.0
-) -> jax.Array:
-    """Rotary position embedding, halves convention (Llama's in Hugging Face checkpoints).
+class Turn(NamedTuple):
+    """How far the rotary embedding turns each position; H is half of what rotates of a head."""
 
-    Args:
-      theta: base of the frequencies; stretch: divides them; fraction: of the head that rotates.
-    """
-    half = int(x_BTNH.shape[-1] * fraction) // 2
-    frequency_H = theta ** (-np.arange(half) / half) / stretch
-    angle = position_BT[..., None, None].astype(jnp.float32) * frequency_H
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+
+
+def turn(position_BT: jax.Array, theta: float, half: int, stretch: Any = 1.0) -> Turn:
+    """The turn by frequencies that fall from 1 by powers of theta, all divided by `stretch`."""
+    frequency_H = jnp.asarray(theta ** (-np.arange(half) / half) / stretch, jnp.float32)
+
+    def at(frequency: jax.Array) -> Turn:
+        angle = position_BT[..., None].astype(jnp.float32) * frequency
+        return Turn(jnp.cos(angle), jnp.sin(angle))
+
+    if sharding.platform() != "cpu":
+        return at(frequency_H)
+    # In a loop, or XLA:CPU computes them for every head of every layer anew.
+    return Turn(*(jnp.moveaxis(x[..., 0], 0, -1) for x in jax.lax.map(at, frequency_H)))
+
+
+def rotate(x_BTNH: jax.Array, turn: Turn) -> jax.Array:
+    """Rotary position embedding, halves convention (Llama's in Hugging Face checkpoints)."""
+    cos, sin = (x[..., None, :] for x in turn)
+    half = cos.shape[-1]
     a, b, rest = jnp.split(x_BTNH, (half, 2 * half), -1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
@@ -143,7 +156,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, context: Context, cache: Any, window: Any
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        turns: Sequence[Turn],
+        context: Context,
+        cache: Any,
+        window: Any,
     ) -> tuple[jax.Array, Any]:
         c = self.config
 
@@ -168,15 +187,11 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BTNH = Norm(c, "H", c.head_size, name="q_norm")(q_BTNH)
             k_BTKH = Norm(c, "H", c.head_size, name="k_norm")(k_BTKH)
-        if c.positions == "rope":
-            rope = (c.rope_theta, stretch(c))
-            if c.windows and c.window_theta:  # layers with a window: another base, no scaling
-                rope = tuple(
-                    jnp.where(window == 0, *pair)
-                    for pair in zip(rope, (c.window_theta, 1.0), strict=True)
-                )
-            q_BTNH = rotate(q_BTNH, position_BT, *rope, c.rope_fraction)
-            k_BTKH = rotate(k_BTKH, position_BT, *rope, c.rope_fraction)
+        if turns:
+            own = turns[0]
+            if len(turns) == 2:
+                own = jax.tree.map(functools.partial(jnp.where, window == 0), *turns)
+            q_BTNH, k_BTKH = rotate(q_BTNH, own), rotate(k_BTKH, own)
         B, T = position_BT.shape
         q_BTKGH = q_BTNH.reshape(B, T, c.kv_heads, c.heads // c.kv_heads, c.head_size)
         look = Look(position_BT, window, c.query_scale, c.attention_cap)
@@ -228,6 +243,7 @@ class Block(nn.Module):
         x_BTD: jax.Array,
         cache: Any,
         position_BT: jax.Array,
+        turns: Sequence[Turn],
         context: Context,
         window: Any = None,
     ) -> tuple[jax.Array, Any]:
@@ -242,7 +258,7 @@ class Block(nn.Module):
             return drop(norm(f"{name}_post_norm", y_BTD) if c.post_norms else y_BTD)
 
         attended_BTD, cache = Attention(c, name="attention")(
-            norm("attention_norm", x_BTD), position_BT, context, cache, window
+            norm("attention_norm", x_BTD), position_BT, turns, context, cache, window
         )
         after_BTD = x_BTD + added("attention", attended_BTD)
         read_BTD = x_BTD if c.residual == "parallel" else after_BTD
@@ -277,7 +293,7 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, 0),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=c.layers,
                 unroll=c.layers if unrolled else 1,
                 metadata_params={nn.PARTITION_NAME: "L"},
@@ -307,19 +323,31 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             x_BTD += self.position_TD.astype(c.dtype)[position_BT]
         x_BTD = constrain(x_BTD, "BTD")
+        turns = self._turns(position_BT)
         if c.scan_layers:
             windows_L = jnp.array(c.windows, jnp.int32) if c.windows else None
-            x_BTD, caches = self.layers(x_BTD, caches, position_BT, context, windows_L)
+            x_BTD, caches = self.layers(x_BTD, caches, position_BT, turns, context, windows_L)
         else:
             out = []
             nothing = [None] * c.layers
             for layer, cache, window in zip(
                 self.layers, caches or nothing, c.windows or nothing, strict=True
             ):
-                x_BTD, cache = layer(x_BTD, cache, position_BT, context, window)
+                x_BTD, cache = layer(x_BTD, cache, position_BT, turns, context, window)
                 out.append(cache)
             caches = out
         return self.final_norm(x_BTD), caches
+
+    def _turns(self, position_BT: jax.Array) -> list[Turn]:
+        """Of all layers, or where those with a window have another base, of these second."""
+        c = self.config
+        if c.positions != "rope":
+            return []
+        half = int(c.head_size * c.rope_fraction) // 2
+        turns = [turn(position_BT, c.rope_theta, half, stretch(c))]
+        if c.windows and c.window_theta:
+            turns.append(turn(position_BT, c.window_theta, half))
+        return turns
 
     def _table(self) -> jax.Array:
         return self.embed_VD if self.config.tied else self.unembed_VD

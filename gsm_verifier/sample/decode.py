@@ -132,7 +132,7 @@ def slot_shapes(
         return BranchCache(
             prompt_k_BKSH=array("PKSH", dtype, P, K, S, H),
             prompt_v_BKSH=array("PKSH", dtype, P, K, S, H),
-            own_k_BTKHS=array("PCKHW", dtype, P, C, K, H, W),
+            own_k_BTKSH=array("PCKWH", dtype, P, C, K, W, H),
             own_v_BTKSH=array("PCKWH", dtype, P, C, K, W, H),
         )
 
@@ -266,7 +266,7 @@ def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
 def draw(
     logits_PCV: jax.Array, sampling: Sampling, problem: jax.Array, sample: jax.Array, at: jax.Array
 ) -> jax.Array:
-    """The next token of every slot, [P, C]."""
+    """The next token of every slot, [P, C]. No logit is above 0."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_PCV, -1)
     logits_PCV = restrict(logits_PCV / sampling.temperature, sampling.top_k, sampling.top_p)
@@ -278,8 +278,7 @@ def draw(
         return jax.random.uniform(token_key)
 
     uniform_PC = jax.vmap(jax.vmap(uniform))(problem, sample, at)
-    weight_PCV = jnp.exp(logits_PCV - logits_PCV.max(-1, keepdims=True))
-    return inverse_cdf(weight_PCV, uniform_PC)
+    return inverse_cdf(jnp.exp(logits_PCV), uniform_PC)
 
 
 def one_step(
@@ -296,6 +295,7 @@ def one_step(
         slots.caches,
     )
     logits_PCV = model.apply(params, hidden, method="logits")
+    logits_PCV -= logits_PCV.max(-1, keepdims=True)
     drawn = draw(logits_PCV, sampling, slots.problem_PC, slots.sample_PC, slots.age_PC)
     forced = slots.queued_PC > 0
     head = jnp.clip(FORCED - slots.queued_PC, 0, FORCED - 1)
@@ -303,7 +303,7 @@ def one_step(
     token = jnp.where(forced, queued, drawn)
     # Of the model itself: at temperature 1, over the whole vocabulary.
     picked = jnp.take_along_axis(logits_PCV, token[..., None], -1)[..., 0]
-    logprob = picked - jax.nn.logsumexp(logits_PCV, -1)
+    logprob = picked - jnp.log(jnp.exp(logits_PCV).sum(-1))
     age = slots.age_PC + active
     annotation = grammar_VX[token, slots.annotation_PC]
     annotation = jnp.where(forced, tk.TEXT, annotation)
