@@ -253,6 +253,6 @@ def _of_folder(folder: Path, mesh: dict[str, int]) -> Generator | Verifier:
     config, params = hf.load(folder, devices)
     options, head = default(), hf.read_head(folder)
     if head:
-        options.verify.squash = head["squash"]
+        options.verify.squash, options.score.aggregate = head["squash"], head["aggregate"]
     kind = Verifier if head else Generator
     return kind(config, params, devices, hf.read_tokenizer(folder), options)

@@ -3,6 +3,8 @@
     python -m gsm_verifier.export --run=runs/quickstart --model=generator --to=<folder>
 
 A verifier's folder also holds `verifier.json`, which says how its value is read from the logits.
+Of a qwen2 with another tokenizer than Qwen's, read the tokenizer by PreTrainedTokenizerFast:
+AutoTokenizer of transformers 5 takes Qwen's for every qwen2, whatever the folder says.
 """
 
 import json
@@ -35,8 +37,15 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
     if not path.is_file():
         raise ValueError(f"{run_folder} is no run's work directory: it has no config.json")
     run = Run(ConfigDict(json.loads(path.read_bytes())), run_folder)
-    squash = run.config.verify.squash if name == "verifier" else None
-    hf.save(to, run.model_of(name), run.params(name), run.tokenizer, squash=squash, dtype=dtype)
+    hf.save(
+        to,
+        run.model_of(name),
+        run.params(name),
+        run.tokenizer,
+        squash=run.config.verify.squash if name == "verifier" else None,
+        aggregate=run.config.score.aggregate,
+        dtype=dtype,
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -196,6 +196,14 @@ def test_import_equals_transformers(
     assert our_greedy(config, params, ids, mesh, tokenizer) == greedy.tolist()
 
 
+MEANT = """
+vocab_size hidden_size n_embd n_layer n_head n_inner head_dim num_key_value_heads
+num_hidden_layers intermediate_size hidden_act hidden_activation activation_function rope_parameters
+layer_types rms_norm_eps layer_norm_eps layer_norm_epsilon tie_word_embeddings use_parallel_residual
+query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping attention_bias
+"""
+
+
 @oracle
 @pytest.mark.parametrize("case", CASES)
 def test_import_and_export_give_back_every_bit(
@@ -209,6 +217,11 @@ def test_import_and_export_give_back_every_bit(
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, name)
     assert hf.read_config(tmp_path / "ours") == config
+    # And as transformers reads what we write, in which a mistake of our reader can't hide.
+    read = [transformers.AutoConfig.from_pretrained(tmp_path / who) for who in ("theirs", "ours")]
+    for key in MEANT.split():
+        was, now = (getattr(each, key, None) for each in read)
+        assert was is None or now == was, key  # None: what others say by default
 
 
 @oracle
@@ -280,6 +293,7 @@ def test_a_verifier_is_read_in_transformers_as_its_file_says(
     value = our_logits(config, params, ids, mesh, "value")
     expected = 1 / (1 + np.exp(-value)) if squash == "sigmoid" else value
     head = json.loads((tmp_path / hf.VERIFIER).read_bytes())
+    assert hf.read_head(tmp_path)["aggregate"] == "last"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     logits = their_logits(theirs, ids)
     read = head["gain"] * logits[:, head["token_id"]] + head["bias"]
@@ -392,6 +406,13 @@ def test_a_tied_model_may_store_its_table_twice_but_not_another(
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan makes no sense"),
         (dict(hidden_act=["silu"]), "wrong type"),
         (dict(rope_parameters="default"), "wrong type"),
+        (dict(is_causal=False), "is_causal=False isn't supported, only True"),
+        (dict(model_type="gemma3"), "save its language model"),
+        (dict(rope_scaling=dict(type="linear", rope_type="dynamic", factor=2)), "isn't its rope"),
+        (
+            dict(rope_scaling=dict(type="linear", factor=2.0), rope_theta=KeyError),
+            "give one, or rope_theta too",
+        ),
         (dict(rope_theta="x", rope_parameters=None), "rope_theta='x' makes no sense"),
         (dict(rope_theta=-1, rope_parameters=None), "rope_theta=-1 makes no sense"),
         (dict(rope_theta=None, rope_parameters=None), "rope_theta=None makes no sense"),
@@ -419,6 +440,11 @@ def test_settings_that_do_not_fit_are_named(
     ("family", "change", "says"),
     [
         ("gemma2", dict(sliding_window_pattern=3), "sliding_window_pattern=3 isn't supported"),
+        ("gemma2", dict(sliding_window_size=3), "sliding_window_size=3, but sliding_window"),
+        *(
+            ("gemma3", dict(rope_parameters=dict(sliding_attention=local)), "only default")
+            for local in (dict(type="linear", factor=8.0), dict(partial_rotary_factor=0.5))
+        ),
         ("gemma2", dict(query_pre_attn_scalar="x"), "query_pre_attn_scalar='x' makes no sense"),
         ("gemma2", dict(sliding_window=None, layer_types=None), "with a sliding_window"),
         (
@@ -437,7 +463,7 @@ def test_settings_that_do_not_fit_are_named(
             "max_window_layers='2' makes no sense",
         ),
         ("gpt_neox", dict(rotary_pct=2.0, rope_parameters=None), "rotary_pct=2.0 makes no sense"),
-        ("gpt_neox", dict(rope_theta=5.0, rope_parameters=None), "rotary_emb_base=10000"),
+        ("gpt_neox", dict(rope_theta=5.0, rope_parameters=None), "rotary_emb_base is 10000"),
     ],
 )
 def test_settings_of_a_family_that_do_not_fit_are_named(
@@ -452,10 +478,10 @@ def test_settings_of_a_family_that_do_not_fit_are_named(
 ABSENT: dict[str, list[dict[str, Any]]] = {
     "qwen2": [{}, dict(use_sliding_window=True), dict(use_sliding_window=True, sliding_window=9)],
     "qwen3": [dict(use_sliding_window=True), dict(use_sliding_window=True, max_window_layers=1)],
-    "gemma2": [{}, dict(sliding_window=7)],
+    "gemma2": [{}, dict(sliding_window=7, sliding_window_size=7)],
     "gemma3_text": [{}, dict(sliding_window_pattern=2)],
     "gpt_neox": [{}, dict(rotary_pct=0.5, partial_rotary_factor=0.5)],
-    "llama": [{}, dict(partial_rotary_factor=1.0)],
+    "llama": [{}, dict(partial_rotary_factor=1.0), dict(_num_labels=1, hidden_act="swish")],
 }
 
 

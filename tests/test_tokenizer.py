@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from gsm_verifier.text import calculator
@@ -243,6 +243,28 @@ def test_the_end_token_is_kept_on_disk(tmp_path, merging: Tokenizer) -> None:
         named.write_text(content)
         with pytest.raises(ValueError, match=r"chat.tokenizer\.json: .*"):
             Tokenizer.load(tmp_path / "chat/tokenizer.json")
+
+
+@pytest.mark.parametrize("metaspace", [True, False], ids=["metaspace", "prepend"])
+def test_text_in_the_middle_of_a_line_has_no_space_before_it(metaspace: bool) -> None:
+    """SentencePiece's tokenizers put one before any text: of Llama 2, TinyLlama, Gemma 1."""
+    tokens = [END_OF_TEXT, "\u2581", *"0123456789+=<>"]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(steps)
+    spacing = Tokenizer(backend)
+    whole = [tokens.index(c) for c in "2+3=5>>"]
+    assert spacing.encode("2+3=5>>") == [1, *whole]
+    assert spacing.continuation("2+3=5>>") == whole
+    assert spacing.continuation("") == []
+
+
+def test_a_byte_level_text_is_the_same_in_the_middle_of_a_line(trained: Tokenizer) -> None:
+    for text in ["=5>>", " a", "", *TEXTS]:
+        assert trained.continuation(text) == trained.encode(text)
 
 
 def test_special_tokens_beyond_the_model_are_left_out(merging: Tokenizer) -> None:

@@ -35,8 +35,14 @@ class Format:
 
 REQUIRED = object()  # a setting without a default
 
-PLAIN = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
-GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
+# Export takes the first name of a word.
+PLAIN = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_fast": "gelu",
+    "gelu": "gelu_exact",
+}
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 _SIZES = {
     "text_size": "vocab_size",
@@ -178,6 +184,7 @@ _GEMMA = Format(
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
         "sliding_window_pattern": 2,
+        "sliding_window_size": None,  # in some files once more, and read by nobody
     },
     keys={**_GEMMA_KEYS, "attention_cap": "attn_logit_softcapping"},
     words={"hidden_activation": ("mlp", GATED)},
@@ -193,7 +200,7 @@ _GEMMA = Format(
 _like = dataclasses.replace
 
 # By the "model_type" of a config.json.
-FORMATS: dict[str, Format] = {
+_FORMATS = {
     "gpt2": Format(
         family="gpt3",
         architecture="GPT2LMHeadModel",
@@ -291,6 +298,12 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
+_CAUSAL = {"is_causal": True}  # embedding models are made of language models by its change
+FORMATS: dict[str, Format] = {
+    kind: _like(form, defaults={**form.defaults, **_CAUSAL}, fixed={**form.fixed, **_CAUSAL})
+    for kind, form in _FORMATS.items()
+}
+
 # Settings that don't change the logits.
 INERT = frozenset(
     re.findall(
@@ -306,7 +319,8 @@ INERT = frozenset(
         return_dict output_hidden_states output_attentions id2label label2id
         num_labels chunk_size_feed_forward unsloth_fixed unsloth_version
         _sliding_window_pattern output_past n_special predict_special_tokens
-        tokenizer_class _attn_implementation_autoset""",
+        tokenizer_class _attn_implementation_autoset _num_labels max_sequence_length
+        attention_probs_dropout_prob hidden_dropout_prob loss_type""",
     )
 )
 # Tensors that are no parameters: masks and frequencies that old versions stored.

@@ -34,6 +34,7 @@ from safetensors.numpy import save_file
 
 from gsm_verifier import records, sharding
 from gsm_verifier.checkpoint import by_name
+from gsm_verifier.config import WORDS
 from gsm_verifier.model import transformer
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.formats import BUFFERS, FORMATS, INERT, REQUIRED, Format
@@ -59,8 +60,9 @@ HEAD = ("value_gain", "value_bias")  # of our parameters, the verifier's
 SQUASHES = ("none", "sigmoid")
 READING = (
     "In the logits of the position after a token, value = gain * logits[token_id] + bias; with "
-    'squash "sigmoid" its logistic function. A solution is scored by the value after its last '
-    "token, the end-of-text token. token_id is never text: don't sample it."
+    'squash "sigmoid" its logistic function. A solution, whose last token is the end-of-text '
+    'token, is scored by the values after its tokens: by the one that aggregate names, "last" or '
+    '"min", or by their "mean" or "product". token_id is never text: don\'t sample it.'
 )
 
 
@@ -96,7 +98,8 @@ def resolve(name: str | Path) -> Path:
     with contextlib.suppress(Exception):
         # A revision never changes: what is here and whole needs no network.
         folder = Path(fetch(local_files_only=True))
-        if _Tensors(folder).shapes and (folder / TOKENIZER).exists():
+        needed = (TOKENIZER, TOKENIZER_CONFIG)  # the second names the end-of-text token
+        if _Tensors(folder).shapes and all((folder / name).exists() for name in needed):
             return folder
     try:
         return Path(fetch())
@@ -137,7 +140,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_head(folder: str | Path) -> dict[str, Any]:
-    """A verifier's head: token_id, gain, bias and squash; {} for a generator.
+    """A verifier's head: token_id, gain, bias, squash and aggregate; {} for a generator.
 
     Raises:
       ValueError: a damaged file, or one that isn't of this model.
@@ -148,6 +151,8 @@ def read_head(folder: str | Path) -> dict[str, Any]:
     head, settings = _read_json(path), _read_json(path.parent / CONFIG)
     if head.get("token_id") != settings[_format(settings).keys["text_size"]] - 1:
         raise ValueError(f"{path}: token_id isn't the last of the vocabulary")
+    if head.get("aggregate") not in WORDS["score.aggregate"]:
+        raise ValueError(f"{path} must have an aggregate: {', '.join(WORDS['score.aggregate'])}")
     if head.get("squash") not in SQUASHES or not all(
         type(head.get(word)) is float and math.isfinite(head[word]) for word in ("gain", "bias")
     ):
@@ -157,6 +162,10 @@ def read_head(folder: str | Path) -> dict[str, Any]:
 
 def _format(settings: Mapping[str, Any]) -> Format:
     kind = settings.get("model_type")
+    if kind == "gemma3":
+        raise ValueError(
+            "model_type 'gemma3' reads images too: save its language model, a gemma3_text, alone"
+        )
     if kind not in FORMATS:
         raise ValueError(f"model_type {kind!r} isn't supported: use one of {', '.join(FORMATS)}")
     return FORMATS[kind]
@@ -170,7 +179,7 @@ def _parse(given: Mapping[str, Any]) -> ModelConfig:
         if key not in form.defaults and key not in INERT and value not in (None, False, [], {}):
             raise ValueError(
                 f"setting {key}={value!r} isn't supported; if it doesn't change the logits, "
-                "remove it from the file"
+                "remove it from the file of a copy of the folder"
             )
     settings = {**form.defaults, **given}
     for key, value in settings.items():
@@ -186,7 +195,7 @@ def _parse(given: Mapping[str, Any]) -> ModelConfig:
                 f"setting {key}={settings[key]!r} isn't supported: {' or '.join(map(repr, words))}"
             )
         fields[ours] = words[settings[key]]
-    rope = _rope(settings, form)
+    rope = _rope(given, settings, form)
     for ours, value in rope.items():
         theirs = form.keys.get(ours)
         if theirs in given and given[theirs] != value:
@@ -234,20 +243,29 @@ def _check_values(fields: Mapping[str, Any], form: Format) -> None:
             raise ValueError(f"setting {theirs}={value!r} makes no sense")
 
 
-def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
+def _rope(given: Mapping[str, Any], settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
     """The fields of ModelConfig that `rope_parameters` and the older `rope_scaling` decide."""
-    parameters = settings.get("rope_parameters") or {}
-    local = parameters.get("sliding_attention") or {}
-    if parameters and bool(local) != ("window_theta" in form.keys):
+    parameters, scaling = settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}
+    by_kind = {"full_attention", "sliding_attention"} & parameters.keys()
+    if parameters and bool(by_kind) != ("window_theta" in form.keys):
         raise ValueError(
             "setting rope_parameters must have full_attention and sliding_attention in Gemma 3, "
             "and neither in other families"
         )
-    given = [{key: settings[key] for key in ROPE if settings.get(key) is not None}]
-    given += [parameters.get("full_attention") or {} if local else parameters]
-    given += [settings.get("rope_scaling") or {}]
-    renamed = {"type": "rope_type"}  # once
-    rope = {renamed.get(key, key): value for each in given for key, value in each.items()}
+    if parameters and scaling and "rope_theta" not in {**given, **scaling}:
+        raise ValueError("settings rope_parameters and rope_scaling: give one, or rope_theta too")
+    local = _one_type(parameters.get("sliding_attention") or {})
+    rope: dict[str, Any] = {}
+    for key, ours in ROPE.items():
+        value, theirs = settings.get(key), form.keys.get(ours)
+        if theirs not in (None, key) and value not in (None, settings[theirs]):
+            raise ValueError(f"setting {key}={value!r}, but {theirs} is {settings[theirs]!r}")
+        if value is not None:
+            rope[key] = value
+    if parameters and "rope_theta" not in given:
+        rope.pop("rope_theta", None)  # a default, not what the file says
+    rope |= _one_type(parameters.get("full_attention") or {} if by_kind else parameters)
+    rope |= _one_type(scaling)
     kind = rope.pop("rope_type", "default")
     fields: dict[str, Any] = {}
     for key, ours in ROPE.items():
@@ -255,9 +273,9 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
             fields[ours] = rope.pop(key)
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise ValueError("a partial_rotary_factor isn't supported in this family, only 1 is")
-    if "rope_theta" in local and "window_theta" in form.keys:
-        fields["window_theta"] = local["rope_theta"]
-    if kind not in SCALINGS or local.get("rope_type", "default") != "default":
+    if "rope_theta" in local:
+        fields["window_theta"] = local.pop("rope_theta")
+    if kind not in SCALINGS or local.pop("rope_type", "default") != "default" or local:
         raise ValueError(
             f"rope_type {kind!r} isn't supported: {', '.join(SCALINGS)} (in layers with a "
             "window only default)"
@@ -273,10 +291,19 @@ def _rope(settings: Mapping[str, Any], form: Format) -> dict[str, Any]:
     return fields
 
 
+def _one_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE's settings with its type under one name."""
+    if rope.get("type", rope.get("rope_type")) != rope.get("rope_type", rope.get("type")):
+        raise ValueError(f"RoPE's type {rope['type']!r} isn't its rope_type {rope['rope_type']!r}")
+    return {{"type": "rope_type"}.get(key, key): value for key, value in rope.items()}
+
+
 def _windows(settings: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """How far back each layer sees: by `layer_types`, or as older files say it."""
     size = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
-    kinds = settings.get("layer_types")
+    kinds, twin = settings.get("layer_types"), settings.get("sliding_window_size")
+    if twin not in (None, size):
+        raise ValueError(f"setting sliding_window_size={twin!r}, but sliding_window is {size!r}")
     if kinds is None:
         local = []
         if "sliding_window_pattern" in settings:  # Gemma: every so many layers, one sees all
@@ -634,6 +661,7 @@ def save(
     tokenizer: Tokenizer,
     *,
     squash: str | None = None,
+    aggregate: str = "last",
     dtype: str = "float32",
 ) -> None:
     """Write a folder that transformers reads, with equal logits.
@@ -641,6 +669,7 @@ def save(
     Args:
       params: with stacked layers.
       squash: of a verifier, which is written with its head: "none" | "sigmoid". None: a generator.
+      aggregate: of a verifier, how the values of a solution become its score.
       dtype: of the weights on disk, "float32" | "float16" | "bfloat16".
 
     Raises:
@@ -664,6 +693,7 @@ def save(
     if squash is not None:
         gain, bias = (float(sharding.to_host(leaves[f"params.{name}"])) for name in HEAD)
         head = {"token_id": model.reserved_token, "gain": gain, "bias": bias, "squash": squash}
+        head["aggregate"] = aggregate
     write(folder, model, tensors, tokenizer, dtype=dtype, head=head)
 
 

@@ -280,7 +280,7 @@ class _Run:
         upto = text.index("=", opened) + 1
         if result is None or not text.startswith(before) or upto <= len(before):
             return []
-        ids = tokenizer.encode(text[len(before) : upto] + result + ">>")
+        ids = tokenizer.continuation(text[len(before) : upto] + result + ">>")
         return ids if len(ids) <= FORCED else []
 
     def _harvest(self, p: int, c: int) -> Completion:

@@ -1,9 +1,11 @@
 """Text to token ids and back, over the `tokenizers` library, and the calculator's token grammar."""
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -138,6 +140,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def continuation(self, text: str) -> list[int]:
+        """Ids of text in the middle of a line: SentencePiece puts a space before any other."""
+        return self._within_line.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _within_line(self) -> Backend:
+        content = json.loads(self._backend.to_str())
+        backend = Backend.from_str(json.dumps(_without_first_space(content)))
+        backend.encode_special_tokens = True
+        return backend
+
     def question(self, text: str) -> list[int]:
         """Ids of a question as every model here reads it: a line of its own."""
         return [*self.begin, *self.encode(text + "\n")]
@@ -207,3 +220,23 @@ def _named_end(path: Path) -> str | None:
     if not isinstance(named, str | None):
         raise ValueError(f"{path.name} beside it has eos_token={named!r}: name a token")
     return named
+
+
+def _without_first_space(part: Any) -> Any:
+    """A part of a tokenizer.json, without the steps that put a space before a text."""
+    if isinstance(part, list):
+        steps = [x for x in part if not isinstance(x, dict) or x.get("type") != "Prepend"]
+        return [_without_first_space(step) for step in steps]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {
+        key: never[key]
+        if key in never
+        else value
+        if key == "vocab"
+        else _without_first_space(value)
+        for key, value in part.items()
+    }
