@@ -3,9 +3,9 @@
     --config.data.path=<folder>    else they are looked for and fetched through TFDS
 
 SmolLM2 needs no model hub, but 93 MB of a package registry, and two CPU cores with 16 GB. Its
-preset takes 2 epochs over all of GSM8K and then a share of the paper's samples (see `smollm2`), some 5
-hours by the speeds measured with less: `--config.data.train_size=1200
---config.sample.completions=6` took 98 minutes (README).
+preset takes 2 epochs over all of GSM8K and then a share of the paper's samples (see `smollm2`):
+some 5 hours, by the speeds measured with less. What README tells of took 98 minutes, with
+`--config.data.train_size=1200 --config.sample.completions=6`.
 
     pip install 'gsm_verifier[hf]' && python -m gsm_verifier.model.gguf models/smollm2
     python -m gsm_verifier.main --config=configs/gsm8k.py:smollm2-135m \
