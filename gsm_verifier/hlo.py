@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gsm_verifier.model import decode_attention
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -133,6 +135,12 @@ def _dot(x: _Instruction, types: list[str]) -> float:
     return 2 * math.prod(out) * math.prod(lhs[int(axis)] for axis in axes if axis)
 
 
+def _decode_attention(types: list[str]) -> float:
+    """Of the sampler's kernel on CPU, if all slots were as old as can be."""
+    (queries,), (prompt,), (own,) = (_shapes(types[at]) for at in (0, 3, 5))
+    return 4 * math.prod(queries) * (prompt[2] + own[3])  # [B, K, S, H] and [B, T, K, W, H]
+
+
 def _convolution(x: _Instruction, types: list[str]) -> float:
     """A matrix product as TPUs have it; batched and contracted dimensions may be its space."""
     (out,), (lhs,), (rhs,) = _shapes(x.type), _shapes(types[0]), _shapes(types[1])
@@ -190,6 +198,8 @@ class _Module:
                 total.flops += times * _dot(x, types)
             elif kind == "convolution":
                 total.flops += times * _convolution(x, types)
+            elif kind == "custom-call" and decode_attention.TARGET in x.attributes:
+                total.flops += times * _decode_attention(types)
             if not fused and x.opcode not in _FREE and not x.opcode.endswith("-done"):
                 total.hbm += times * self._moved(x, types)
             runs = self._trips(here, x) if kind == "while" else 1
