@@ -121,6 +121,20 @@ def test_records(tmp_path: Path) -> None:
     assert json.loads((folder / "results.json").read_bytes())["splits"]["test"]["samples"] == 6
 
 
+def test_scaling() -> None:
+    """A device's share doesn't grow along the data axis; only gradients are sent, around a ring."""
+    command = [sys.executable, "-m", "benchmarks.scaling", "--config", "configs/quickstart.py:tiny"]
+    command += ["--devices", "1", "2", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    one, two, four = (json.loads(line)["programs"] for line in done.stdout.splitlines())
+    for name, program in one.items():
+        assert two[name]["gflop"] == four[name]["gflop"] == program["gflop"]
+        assert four[name]["memory_mib"] < 1.1 * program["memory_mib"]
+        assert not program["sent_mib"]
+    sent = [found["finetune"]["sent_mib"]["all-reduce"] for found in (two, four)]
+    assert sent[1] / sent[0] == pytest.approx((2 * 3 / 4) / (2 * 1 / 2), rel=0.01)
+
+
 def test_a_contender_nobody_knows_is_refused(folders: list[str]) -> None:
     command = [sys.executable, "-m", "benchmarks.scoring", *folders, "--contenders", "abacus"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
