@@ -4,6 +4,15 @@ It is compiled at first use, in a few seconds, into the user's cache folder. At 
 pip's isolated build would have to download a second jaxlib for its headers, and who installs may
 have another processor than who runs. Without a compiler, or if anything goes wrong with it, there
 is the attention in JAX, whose numbers are the same.
+
+Why it is fast, by SmolLM2-135M with 400 slots of 128 tokens on two cores with AVX-512, where JAX's
+way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all W positions and hides
+most), 1,150 tokens/s; a slot's key is written in place, where XLA's scatter and its copies took 48
+of 340 ms a step; keys lie like values, position by position, so that a young slot's are one piece
+(with positions last a step's calls took 76 ms of the processors, 52 so); and caches are kept in
+bfloat16, as the model computes, half the memory and the bytes (94 and 75 ms). 1,435 tokens/s in all.
+Lost: adding up the exponentials of the logits as a product with ones, 4 % faster, as a row's sum
+then depended on its place among the rows, and a completion on its slot.
 """
 
 import ctypes
