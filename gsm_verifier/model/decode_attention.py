@@ -10,7 +10,7 @@ way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all W 
 most), 1,150 tokens/s; a slot's key is written in place, where XLA's scatter and its copies took 48
 of 340 ms a step; keys lie like values, position by position, so that a young slot's are one piece
 (with positions last a step's calls took 76 ms of the processors, 52 so); and caches are kept in
-bfloat16, as the model computes, half the memory and the bytes (94 and 75 ms). 1,435 tokens/s in all.
+bfloat16, as the model computes, half the memory and bytes (94 and 75 ms). 1,435 tokens/s in all.
 Lost: adding up the exponentials of the logits as a product with ones, 4 % faster, as a row's sum
 then depended on its place among the rows, and a completion on its slot.
 """
