@@ -289,6 +289,8 @@ def pretrain(run: Run) -> None:
     texts = _documents(run) if run.config.pretrain.epochs else iter(())
     longest = min(run.config.pretrain.row_tokens, run.model.max_length)
     trees = document_trees(run.tokenizer.documents(texts), longest)
+    if run.config.pretrain.epochs and len(trees) < 2:
+        raise ValueError("config.pretrain.documents: hold too little text; 2 rows are the least")
     aside = max(1, len(trees) // 100)
     _fit(
         run,
