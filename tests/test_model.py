@@ -271,13 +271,14 @@ def test_attention_in_blocks_of_queries_is_attention_of_the_whole(T: int) -> Non
     """Values and gradients; the rows see different things of what isn't later."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, T, 2, 2, 8)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 2, T, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, T, 2, 8)).astype(np.float32)
     visible = np.tril(rng.random((2, T, T)) < 0.3) | np.eye(T, dtype=bool)
 
     def in_blocks(*qkv: jax.Array) -> jax.Array:
         return by_rows(*qkv, visible, scale=0.5, cap=2.0)
 
     def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         return attend(q, [Segment(SHARED, k, v, visible[:, None, :, None])], scale=0.5, cap=2.0)
 
     results = []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from scipy import stats
 
-from gsm_verifier.model import decode_attention, transformer
+from gsm_verifier.model import cpu_attention, transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -228,14 +228,14 @@ def test_greedy_is_the_argmax_of_full_forwards(
     assert len(found) == 2 * len(prompts)
 
 
-@pytest.mark.skipif(not decode_attention.available(), reason="no compiler")
+@pytest.mark.skipif(not cpu_attention.available(), reason="no compiler")
 def test_the_kernel_of_attention_writes_what_jax_writes(
     config, params, mesh, tokenizer, prompts, monkeypatch
 ) -> None:
     requests = requests_of(prompts, range(2))
     words = dict(prompts=3, slots=2, temperature=0.0)
     by_kernel = collect(engine_of(config, params, mesh, tokenizer, **words), requests)
-    monkeypatch.setattr(decode_attention, "available", lambda: False)
+    monkeypatch.setattr(cpu_attention, "available", lambda: False)
     in_jax = collect(engine_of(config, params, mesh, tokenizer, **words), requests)
     assert tokens_of(by_kernel) == tokens_of(in_jax)
     for key, completion in in_jax.items():

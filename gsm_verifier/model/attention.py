@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from gsm_verifier import sharding
-from gsm_verifier.model import decode_attention
+from gsm_verifier.model import cpu_attention
+from gsm_verifier.model.cpu_attention import OWN, SHARED
 
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
 LEAST_BLOCK = 32
 HIDDEN = -1e30  # a finite "never": a row that sees nothing must not become NaN
-
-
-SHARED, OWN = "BKSH", "BTKSH"
 
 
 class Segment(NamedTuple):
@@ -88,10 +86,15 @@ def attend(
     return (out_BTKGH / total_BKTG.swapaxes(1, 2)[..., None]).astype(q_BTKGH.dtype)
 
 
+def by_kernel(look: Look) -> bool:
+    """Does the C++ kernel compute this? It has no soft cap."""
+    return sharding.platform() == "cpu" and not look.cap and cpu_attention.available()
+
+
 def by_rows(
     q_BTKGH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     visible_BTS: jax.Array,
     scale: float = 0.0,
     cap: float = 0.0,
@@ -103,6 +106,7 @@ def by_rows(
     pass computes them anew.
     """
     T = q_BTKGH.shape[1]
+    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     block = max(LEAST_BLOCK, -(-T // QUERY_BLOCKS))
 
     @jax.checkpoint
@@ -145,12 +149,15 @@ class Packed:
         cache: None,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, Any]:
-        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        letters = ("BTKGH", "BKSH", "BKSH", "BTS")
         visible_BTS = look.near(self.visible_BTS, look.position_BT)
-        attention = functools.partial(by_rows, scale=look.scale, cap=look.cap)
-        out = sharding.local(attention, letters, "BTKGH", q_BTKGH, k_BKSH, v_BKSH, visible_BTS)
-        return out, (k_BKSH, v_BKSH) if self.keep else None
+        if by_kernel(look):
+            scale = look.scale or q_BTKGH.shape[-1] ** -0.5
+            out = cpu_attention.whole_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)
+        else:
+            attention = functools.partial(by_rows, scale=look.scale, cap=look.cap)
+            letters = ("BTKGH", "BTKH", "BTKH", "BTS")
+            out = sharding.local(attention, letters, "BTKGH", q_BTKGH, k_BTKH, v_BTKH, visible_BTS)
+        return out, (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)) if self.keep else None
 
 
 def kept(dtype: str, mesh: jax.sharding.Mesh) -> str:
@@ -161,7 +168,7 @@ def kept(dtype: str, mesh: jax.sharding.Mesh) -> str:
     The kernel converts what it reads.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return "float32" if on_cpu and not decode_attention.available() else dtype
+    return "float32" if on_cpu and not cpu_attention.available() else dtype
 
 
 class BranchCache(NamedTuple):
@@ -190,8 +197,7 @@ class Branches:
         cache: BranchCache,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, BranchCache]:
-        by_kernel = sharding.platform() == "cpu" and not look.cap and decode_attention.available()
-        step = self._kernel if by_kernel else self._segments
+        step = self._kernel if by_kernel(look) else self._segments
         return step(q_BTKGH, k_BTKH, v_BTKH, cache, look)
 
     def _kernel(
@@ -207,10 +213,7 @@ class Branches:
         window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
         step = [x.astype(jnp.float32) for x in (q, k_BTKH, v_BTKH)]
         arrays = (*step, *cache, self.prompt_length_B, self.age_BT, window)
-        letters = ("BTKGH", "BTKH", "BTKH", SHARED, SHARED, OWN, OWN, "B", "BT", "")
-        out, own_k, own_v = sharding.local(
-            decode_attention.decode_attention, letters, ("BTKGH", OWN, OWN), *arrays
-        )
+        out, own_k, own_v = cpu_attention.decode_attention(*arrays)
         cache = cache._replace(own_k_BTKSH=own_k, own_v_BTKSH=own_v)
         return out.astype(q_BTKGH.dtype), cache
 

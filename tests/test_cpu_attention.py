@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gsm_verifier import sharding
-from gsm_verifier.model import decode_attention
-from gsm_verifier.model.attention import BranchCache, Branches, Look
+from gsm_verifier.model import cpu_attention
+from gsm_verifier.model.attention import BranchCache, Branches, Look, Packed, by_rows
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the kernel is compiled by c++"
@@ -45,7 +45,7 @@ def both(
     arrays: list[jax.Array], dtype: str = "float32", **look: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(by the kernel, in JAX), of caches in `dtype`; what they keep must be the same."""
-    assert decode_attention.available()
+    assert cpu_attention.available()
 
     @jax.jit
     def outs(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
@@ -112,6 +112,98 @@ def test_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
     np.testing.assert_allclose(kernel, segments, atol=1e-5)
 
 
+def rows_example(B: int, T: int, K: int, G: int, H: int, seed: int = 0) -> list[np.ndarray]:
+    """q, k, v, what they see, and the gradient of the result; not all see what is before them."""
+    rng = np.random.default_rng(seed)
+    shapes = ((B, T, K, G, H), (B, T, K, H), (B, T, K, H), (B, T, K, G, H))
+    q, k, v, d_out = (np.float32(rng.normal(size=shape)) for shape in shapes)
+    tree_BT = np.sort(rng.integers(0, 1 + T // 30, (B, T)))
+    branch_BT = np.sort(rng.integers(0, 1 + T // 20, (B, T)))
+    visible = tree_BT[:, :, None] == tree_BT[:, None]
+    visible &= (branch_BT[:, None] == 0) | (branch_BT[:, :, None] == branch_BT[:, None])
+    return [q, k, v, visible & np.tril(np.ones((T, T), bool)) | np.eye(T, dtype=bool), d_out]
+
+
+def results_and_gradients(attention: Any, arrays: list[Any], dtype: str) -> list[np.ndarray]:
+    q, k, v, visible, d_out = arrays
+    narrow = [jnp.asarray(x, dtype) for x in (q, k, v)]
+
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array) -> Any:
+        out, back = jax.vjp(lambda *qkv: attention(*qkv, visible, scale=0.3), q, k, v)
+        return out, *back(d_out)
+
+    found = both(*narrow, jnp.asarray(d_out, dtype))
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    return [np.asarray(x, np.float32) for x in found]
+
+
+def whole(*arrays: Any, scale: float) -> jax.Array:
+    return cpu_attention.whole_attention(*arrays, scale)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("B", "T", "K", "G", "H"),
+    [(2, 200, 2, 3, 32), (1, 1, 1, 1, 8), (3, 16, 1, 4, 64), (2, 77, 3, 1, 20), (1, 129, 2, 2, 8)],
+    ids=str,
+)
+def test_rows_forwards_and_backwards_are_those_in_jax(
+    B: int, T: int, K: int, G: int, H: int
+) -> None:
+    arrays = rows_example(B, T, K, G, H)
+    wide = results_and_gradients(whole, arrays, "float32")
+    for a, b in zip(wide, results_and_gradients(by_rows, arrays, "float32"), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for a, b in zip(wide, results_and_gradients(whole, arrays, "bfloat16"), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.02 * np.abs(a).max())
+
+
+@needs_compiler
+def test_what_a_row_does_not_see_is_not_read() -> None:
+    q, k, v, visible, d_out = rows_example(2, 60, 1, 2, 16)
+    expected = results_and_gradients(whole, [q, k, v, visible, d_out], "float32")
+    k[:, 40:], v[:, 40:] = np.nan, np.inf  # after the queries that are looked at
+    out, d_q, *_ = results_and_gradients(whole, [q, k, v, visible, d_out], "float32")
+    for a, b in zip((out, d_q), expected, strict=False):
+        np.testing.assert_array_equal(a[:, :32], b[:, :32])  # whole tiles of queries
+    assert not np.isfinite(out[:, 40:]).all()
+
+
+@needs_compiler
+def test_who_sees_nothing_gets_something_finite() -> None:
+    q, k, v, visible, d_out = rows_example(2, 50, 1, 2, 16)
+    visible[:, 3:40] = False  # whole tiles, and parts of some
+    d_out[:, 3:40] = 0
+    for x in results_and_gradients(whole, [q, k, v, visible, d_out], "float32"):
+        assert np.isfinite(x).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
+def test_rows_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
+    arrays = rows_example(4, 40, 2, 3, 32)
+    q, k, v, visible, d_out = arrays
+    alone = results_and_gradients(whole, arrays, "float32")
+    mesh, look = make_mesh(*sizes), Look(scale=0.3)
+
+    @jax.jit
+    def gradient(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, back = jax.vjp(lambda *qkv: Packed(visible)(*qkv, None, look)[0], q, k, v)
+        return out, *back(d_out)
+
+    with jax.set_mesh(mesh):
+        letters = ("BTKGH", "BTKH", "BTKH")
+        placed = [
+            jax.device_put(x, sharding.named(mesh, names))
+            for x, names in zip((q, k, v), letters, strict=True)
+        ]
+        assert cpu_attention.TARGET in gradient.lower(*placed).as_text()
+        found = gradient(*placed)
+    for a, b in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
     """Whether one step of every slot does, of caches in `dtype`."""
     q, k, v, *cache, length_B, age_BT = example(2, 3, 1, 2, 8, 4, 5)
@@ -120,7 +212,7 @@ def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
     def step() -> jax.Array:
         return Branches(length_B, age_BT)(q, k, v, BranchCache(*own), Look(**look))[0]
 
-    return decode_attention.TARGET in str(jax.make_jaxpr(step)())
+    return cpu_attention.TARGET in str(jax.make_jaxpr(step)())
 
 
 @needs_compiler
@@ -133,16 +225,16 @@ def test_it_is_used_where_it_applies() -> None:
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    decode_attention.available.cache_clear()
+    cpu_attention.available.cache_clear()
     yield
-    decode_attention.available.cache_clear()
+    cpu_attention.available.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_there_is_jax(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
-    assert not decode_attention.available()
+    assert not cpu_attention.available()
     assert not calls_the_kernel()
 
 

@@ -1,6 +1,6 @@
 """The sampler's attention on CPU: the C++ kernel beside the one in JAX, for one layer and step.
 
-    python -m benchmarks.decode_attention
+    python -m benchmarks.cpu_attention
 
 Prints one JSON line: of each the median milliseconds a call, by the clock and of the processors.
 The caches of several layers take turns, as in a model: none stays in the cache of the processor.
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsm_verifier.model import decode_attention
+from gsm_verifier.model import cpu_attention
 from gsm_verifier.model.attention import BranchCache, Branches, Look
 
 P, C, K, G, H, S, W = 8, 20, 3, 3, 64, 96, 240
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=40, help="of each, a round")
     options = parser.parse_args()
-    if not decode_attention.available():
+    if not cpu_attention.available():
         raise SystemExit("the kernel can't be compiled: install a C++ compiler or set CXX to one")
     rng = np.random.default_rng(0)
 

@@ -1,0 +1,572 @@
+// Attention on CPU that computes what is visible only: XLA:CPU multiplies with everything and masks.
+//
+// `Decode` is one step of the sampler: each slot's key and value are put into its own branch, in
+// place, and its query looks over its prompt, read once for all of its slots, and its branch.
+// `Whole` is rows of sequences that see themselves through a mask, forwards and backwards.
+//
+// The letters are those of gsm_verifier/sharding.py. Vectors are the compilers' (GCC and Clang), so
+// that a tile of the product stays in registers; -ffast-math isn't needed, and would change the
+// process's rounding of small numbers.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Size = int64_t;
+
+#ifdef __AVX512F__
+constexpr Size kLanes = 16;
+#else
+constexpr Size kLanes = 8;
+#endif
+constexpr Size kVectors = kLanes / 4;  // of a tile of 4 rows: half of the registers
+constexpr float kHidden = -1e30f;      // as in attention.py
+
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Half __attribute__((vector_size(kLanes * sizeof(float) / 2)));
+typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+template <typename T>
+T Load(const float* from) { return *from; }
+template <>
+Vector Load<Vector>(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+void Store(float* to, float x) { *to = x; }
+void Store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
+
+Size Padded(Size size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+// Caches are of float or, as the model computes, of bfloat16: the upper half of a float's bits.
+using Bfloat16 = uint16_t;
+typedef Bfloat16 Narrow
+    __attribute__((vector_size(kLanes * sizeof(Bfloat16)), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+template <typename T>
+T Load(const Bfloat16* from) {
+  const uint32_t bits = uint32_t{*from} << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+template <>
+Vector Load<Vector>(const Bfloat16* from) {
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Words) << 16);
+}
+void Put(float* to, float x) { *to = x; }
+void Put(Bfloat16* to, float x) {  // rounded to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+template <typename E>
+struct MatrixOf {
+  E* data;
+  Size stride;  // between rows
+  E* row(Size i) const { return data + i * stride; }
+  E& at(Size i, Size j) const { return row(i)[j]; }
+  void skip(Size rows) { data = row(rows); }
+};
+using Matrix = MatrixOf<float>;
+
+struct Transposed {  // the matrix whose columns are these rows
+  Matrix rows;
+  float& at(Size i, Size j) const { return rows.at(j, i); }
+  void skip(Size count) { rows.data += count; }
+};
+
+// R rows and V vectors of columns of y = x m, or of y += x m.
+template <typename T, int R, int V, typename X, typename E>
+void Tile(X x, MatrixOf<E> m, Matrix y, Size inner, bool add) {
+  constexpr Size lanes = sizeof(T) / sizeof(float);
+  T sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? Load<T>(y.row(r) + v * lanes) : T{};
+  for (Size i = 0; i < inner; ++i)
+    for (int v = 0; v < V; ++v) {
+      const T column = Load<T>(m.row(i) + v * lanes);
+      for (int r = 0; r < R; ++r) sum[r][v] += x.at(r, i) * column;
+    }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) Store(y.row(r) + v * lanes, sum[r][v]);
+}
+
+// All rows of so many columns, which stay in the processor's nearest cache meanwhile.
+template <typename T, int V, typename X, typename E>
+void Columns(X x, MatrixOf<E> m, Matrix y, Size rows, Size inner, bool add) {
+  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) Tile<T, 4, V>(x, m, y, inner, add);
+  if (rows == 3) Tile<T, 3, V>(x, m, y, inner, add);
+  if (rows == 2) Tile<T, 2, V>(x, m, y, inner, add);
+  if (rows == 1) Tile<T, 1, V>(x, m, y, inner, add);
+}
+
+template <typename X, typename E>
+void Multiply(X x, MatrixOf<E> m, Matrix y, Size rows, Size inner, Size columns, bool add) {
+  Size j = 0;
+  auto at = [&j](auto a) { return decltype(a){a.data + j, a.stride}; };
+  for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
+    Columns<Vector, kVectors>(x, at(m), at(y), rows, inner, add);
+  for (; j + kLanes <= columns; j += kLanes) Columns<Vector, 1>(x, at(m), at(y), rows, inner, add);
+  for (; j < columns; ++j) Columns<float, 1>(x, at(m), at(y), rows, inner, add);
+}
+
+float Sum(Vector x) {
+  Half a, b;
+  std::memcpy(&a, &x, sizeof(a));
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof(a), sizeof(b));
+  a += b;
+  float sum = 0;
+  for (Size i = 0; i < kLanes / 2; ++i) sum += a[i];
+  return sum;
+}
+
+// R rows of y = x m', of which each number is a product of rows.
+template <int R, typename E>
+void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner) {
+  for (Size j = 0; j < rows; ++j) {
+    const E* const row = m.row(j);
+    Vector sum[R]{};
+    Size i = 0;
+    for (; i + kLanes <= inner; i += kLanes) {
+      const Vector column = Load<Vector>(row + i);
+      for (int r = 0; r < R; ++r) sum[r] += Load<Vector>(x.row(r) + i) * column;
+    }
+    for (int r = 0; r < R; ++r) {
+      float total = Sum(sum[r]);
+      for (Size rest = i; rest < inner; ++rest) total += x.row(r)[rest] * Load<float>(row + rest);
+      y.row(r)[j] = total;
+    }
+  }
+}
+
+template <typename E>
+void Dots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size columns, Size inner) {
+  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4))
+    RowDots<4>(x, m, y, columns, inner);
+  if (rows == 3) RowDots<3>(x, m, y, columns, inner);
+  if (rows == 2) RowDots<2>(x, m, y, columns, inner);
+  if (rows == 1) RowDots<1>(x, m, y, columns, inner);
+}
+
+// e to the x, for x <= 0, within two units in the last place: Cephes' polynomial.
+Vector Exp(Vector x) {
+  x = x > -87.0f ? x : Vector{} - 87.0f;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const Vector shifted = x * 1.44269504f + shift;
+  const Vector n = shifted - shift;
+  const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
+}
+
+float Top(const float* row, Size size, float least) {
+  Vector top = Vector{} + least;
+  for (Size s = 0; s < size; s += kLanes) {
+    const Vector x = Load<Vector>(row + s);
+    top = x > top ? x : top;
+  }
+  for (Size i = 0; i < kLanes; ++i) least = std::max(least, top[i]);
+  return least;
+}
+
+// Logits to weights, in place; their sum.
+float Weigh(float* row, Size size, float top) {
+  Vector sum{};
+  for (Size s = 0; s < size; s += kLanes) {
+    const Vector weight = Exp(Load<Vector>(row + s) - top);
+    Store(row + s, weight);
+    sum += weight;
+  }
+  float total = 0;
+  for (Size i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
+void Hide(float* row, Size from, Size to) {
+  if (from < to) std::fill(row + from, row + to, kHidden);
+}
+
+template <typename E>
+struct Decode {
+  Size B, T, K, G, H, S, W;
+  float *q_BTKGH, *k_BTKH, *v_BTKH;
+  E *prompt_k_BKSH, *prompt_v_BKSH, *own_k_BTKSH, *own_v_BTKSH;
+  float* out_BTKGH;
+  const int32_t *length_B, *age_BT, *window;
+
+  // All slots of prompt b, for key/value head k.
+  void operator()(Size b, Size k) const {
+    const Size length = std::clamp<Size>(length_B[b], 0, S), prompt = Padded(length), rows = T * G;
+    std::vector<float> scratch(rows * H * 2 + (H + rows) * prompt + G * Padded(W) + rows);
+    const Matrix q{scratch.data(), H}, y{q.row(rows), H};
+    const Matrix k_HS{y.row(rows), prompt}, logits{k_HS.row(H), prompt};
+    const Matrix own{logits.row(rows), Padded(W)};
+    float* const total = own.row(G);
+    const MatrixOf<E> prompt_k{prompt_k_BKSH + (b * K + k) * S * H, H};
+    const MatrixOf<E> prompt_v{prompt_v_BKSH + (b * K + k) * S * H, H};
+
+    for (Size t = 0; t < T; ++t)
+      std::copy_n(q_BTKGH + ((b * T + t) * K + k) * G * H, G * H, q.row(t * G));
+    for (Size s = 0; s < length; ++s)
+      for (Size h = 0; h < H; ++h) k_HS.row(h)[s] = Load<float>(prompt_k.row(s) + h);
+    Multiply(q, k_HS, logits, rows, H, prompt, false);
+
+    for (Size t = 0; t < T; ++t) {
+      const Size slot = (b * T + t) * K + k, age = age_BT[b * T + t];
+      const Size reach = *window ? *window : length + age + 1;
+      // A slot that is done may have the age W.
+      const Size end = std::min(age + 1, W), from = std::max<Size>(age + 1 - reach, 0);
+      const Size size = std::max<Size>(end - from, 0);
+      if (age < W)
+        for (Size h = 0; h < H; ++h) {
+          Put(own_k_BTKSH + (slot * W + age) * H + h, k_BTKH[slot * H + h]);
+          Put(own_v_BTKSH + (slot * W + age) * H + h, v_BTKH[slot * H + h]);
+        }
+      const MatrixOf<E> own_k{own_k_BTKSH + (slot * W + from) * H, H};
+      const MatrixOf<E> own_v{own_v_BTKSH + (slot * W + from) * H, H};
+      Dots(Matrix{q.row(t * G), H}, own_k, own, G, size, H);
+      for (Size g = 0; g < G; ++g) {
+        float* const shared = logits.row(t * G + g);
+        Hide(shared, 0, std::min(length, length + age + 1 - reach));
+        Hide(shared, length, prompt);
+        Hide(own.row(g), size, Padded(size));
+        const float top = Top(own.row(g), Padded(size), Top(shared, prompt, kHidden));
+        total[t * G + g] = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
+      }
+      Multiply(own, own_v, Matrix{y.row(t * G), H}, G, size, H, false);
+    }
+
+    Multiply(logits, prompt_v, y, rows, length, H, true);
+    for (Size t = 0; t < T; ++t)
+      for (Size g = 0; g < G; ++g) {
+        float* const out = out_BTKGH + (((b * T + t) * K + k) * G + g) * H;
+        for (Size h = 0; h < H; ++h) out[h] = y.row(t * G + g)[h] / total[t * G + g];
+      }
+  }
+};
+
+constexpr Size kQueries = 16;  // positions whose queries are worked on together
+
+// Rows of T positions that see what visible_BTS says. Their queries, keys, values, results, and of
+// all the gradients are [B, T, K, G or 1, H].
+template <typename E>
+struct Whole {
+  Size B, T, K, G, H;
+  float scale;
+  const E *q_BTKGH, *k_BTKH, *v_BTKH;
+  const bool* visible_BTS;
+  E* out_BTKGH;
+  float* log_total_BTKG;  // logarithm of the sum of the weights
+  const E* d_out_BTKGH;
+  E *d_q_BTKGH, *d_k_BTKH, *d_v_BTKH;
+
+  Size Place(Size b, Size t, Size k) const { return (b * T + t) * K + k; }
+
+  // [T, H] of a row's head.
+  Matrix Read(const E* from_BTKH, Size b, Size k, float* to) const {
+    for (Size t = 0; t < T; ++t)
+      for (Size h = 0; h < H; ++h)
+        to[t * H + h] = Load<float>(from_BTKH + Place(b, t, k) * H + h);
+    return {to, H};
+  }
+
+  void Write(Matrix from_TH, E* to_BTKH, Size b, Size k) const {
+    for (Size t = 0; t < T; ++t)
+      for (Size h = 0; h < H; ++h) Put(to_BTKH + Place(b, t, k) * H + h, from_TH.at(t, h));
+  }
+
+  // Of positions from t on, [their number * G, H].
+  void ReadQueries(const E* from_BTKGH, Size b, Size k, Size t, Size count, float factor,
+                   Matrix to) const {
+    for (Size i = 0; i < count; ++i)
+      for (Size at = 0; at < G * H; ++at)
+        to.row(i * G)[at] = factor * Load<float>(from_BTKGH + Place(b, t + i, k) * G * H + at);
+  }
+
+  void WriteQueries(Matrix from, float factor, E* to_BTKGH, Size b, Size k, Size t,
+                    Size count) const {
+    for (Size i = 0; i < count; ++i)
+      for (Size at = 0; at < G * H; ++at)
+        Put(to_BTKGH + Place(b, t + i, k) * G * H + at, factor * from.row(i * G)[at]);
+  }
+
+  // Between rows of [H, T]. Were it a power of two, all rows would compete for the same few lines of
+  // the processor's cache.
+  Size Stride() const { return Padded(T) + 16; }
+
+  // [H, T] of [T, H].
+  Matrix Turn(Matrix x_TH, float* to) const {
+    const Matrix x_HT{to, Stride()};
+    for (Size t = 0; t < T; ++t)
+      for (Size h = 0; h < H; ++h) x_HT.at(h, t) = x_TH.at(t, h);
+    return x_HT;
+  }
+
+  struct Run {
+    Size from, size;  // of positions
+    Size column;      // where it begins among the columns of a tile
+  };
+
+  // What any of the queries sees, in whole vectors; and the columns they take.
+  Size Runs(Size b, Size t, Size count, std::vector<Run>& runs, std::vector<char>& seen) const {
+    std::fill(seen.begin(), seen.end(), 0);
+    for (Size i = 0; i < count; ++i) {
+      const bool* const visible = visible_BTS + (b * T + t + i) * T;
+      for (Size s = 0; s < T; ++s) seen[s] |= visible[s];
+    }
+    runs.clear();
+    Size columns = 0;
+    for (Size s = 0; s < T; s += kLanes) {
+      if (std::none_of(&seen[s], &seen[s] + kLanes, [](char x) { return x; })) continue;
+      if (runs.empty() || runs.back().from + runs.back().size != s) runs.push_back({s, 0, columns});
+      runs.back().size += std::min(kLanes, T - s);
+      columns += kLanes;
+    }
+    return columns;
+  }
+
+  // q k' of the runs, and where that isn't seen, what no weight comes of.
+  void Logits(Size b, Size t, Size count, const std::vector<Run>& runs, Matrix q, Matrix k_HT,
+              Matrix logits) const {
+    for (const auto& [from, size, column] : runs) {
+      Multiply(q, Matrix{k_HT.data + from, k_HT.stride}, Matrix{logits.data + column, logits.stride},
+               count * G, H, Padded(size), false);
+      for (Size row = 0; row < count * G; ++row) {
+        const bool* const visible = visible_BTS + (b * T + t + row / G) * T + from;
+        float* const logit = logits.row(row) + column;
+        for (Size s = 0; s < size; ++s) logit[s] = visible[s] ? logit[s] : kHidden;
+        Hide(logit, size, Padded(size));
+      }
+    }
+  }
+
+  // Row b, key/value head k.
+  void Forwards(Size b, Size k) const {
+    const Size rows = kQueries * G, padded = Padded(T);
+    std::vector<float> scratch(H * (2 * T + Stride() + 2 * rows) + rows * padded);
+    const Matrix k_TH = Read(k_BTKH, b, k, scratch.data());
+    const Matrix v_TH = Read(v_BTKH, b, k, k_TH.row(T));
+    const Matrix k_HT = Turn(k_TH, v_TH.row(T));
+    const Matrix q{k_HT.row(H), H}, y{q.row(rows), H};
+    std::vector<Run> runs;
+    std::vector<char> seen(padded);
+    for (Size t = 0; t < T; t += kQueries) {
+      const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
+      const Matrix logits{y.row(rows), columns};
+      ReadQueries(q_BTKGH, b, k, t, count, scale, q);
+      Logits(b, t, count, runs, q, k_HT, logits);
+      std::fill_n(y.data, count * G * H, 0.0f);
+      std::vector<float> totals(count * G, 1.0f);  // of who sees nothing, whose result is 0
+      for (Size row = 0; columns && row < count * G; ++row) {
+        const float top = Top(logits.row(row), columns, kHidden);
+        totals[row] = Weigh(logits.row(row), columns, top);
+        log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = top + std::log(totals[row]);
+      }
+      for (const auto& [from, size, column] : runs)
+        Multiply(Matrix{logits.data + column, columns}, Matrix{v_TH.row(from), H}, y, count * G,
+                 size, H, true);
+      for (Size row = 0; row < count * G; ++row)
+        for (Size h = 0; h < H; ++h) y.at(row, h) /= totals[row];
+      WriteQueries(y, 1.0f, out_BTKGH, b, k, t, count);
+    }
+  }
+
+  // The same, back: the weights are computed anew.
+  void Backwards(Size b, Size k) const {
+    const Size rows = kQueries * G, padded = Padded(T);
+    std::vector<float> scratch(H * (4 * T + 2 * Stride() + 4 * rows) + 2 * rows * padded);
+    const Matrix k_TH = Read(k_BTKH, b, k, scratch.data());
+    const Matrix v_TH = Read(v_BTKH, b, k, k_TH.row(T));
+    const Matrix k_HT = Turn(k_TH, v_TH.row(T)), v_HT = Turn(v_TH, k_HT.row(H));
+    const Matrix d_k_TH{v_HT.row(H), H}, d_v_TH{d_k_TH.row(T), H};  // zero
+    const Matrix q{d_v_TH.row(T), H}, out{q.row(rows), H}, d_out{out.row(rows), H};
+    const Matrix d_q{d_out.row(rows), H};
+    std::vector<Run> runs;
+    std::vector<char> seen(padded);
+    for (Size t = 0; t < T; t += kQueries) {
+      const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
+      const Matrix weights{d_q.row(rows), columns}, d_logits{weights.row(count * G), columns};
+      ReadQueries(q_BTKGH, b, k, t, count, scale, q);
+      ReadQueries(out_BTKGH, b, k, t, count, 1.0f, out);
+      ReadQueries(d_out_BTKGH, b, k, t, count, 1.0f, d_out);
+      Logits(b, t, count, runs, q, k_HT, weights);
+      for (const auto& [from, size, column] : runs)
+        Multiply(d_out, Matrix{v_HT.data + from, v_HT.stride}, Matrix{d_logits.data + column, columns},
+                 count * G, H, Padded(size), false);
+      for (Size row = 0; columns && row < count * G; ++row) {
+        Weigh(weights.row(row), columns, log_total_BTKG[Place(b, t + row / G, k) * G + row % G]);
+        float mean = 0;  // of the weights' gradients, by the weights
+        for (Size h = 0; h < H; ++h) mean += out.at(row, h) * d_out.at(row, h);
+        for (Size s = 0; s < columns; ++s)
+          d_logits.at(row, s) = weights.at(row, s) * (d_logits.at(row, s) - mean);
+      }
+      std::fill_n(d_q.data, count * G * H, 0.0f);
+      for (const auto& [from, size, column] : runs) {
+        const Matrix d_run{d_logits.data + column, columns}, run{weights.data + column, columns};
+        Multiply(d_run, Matrix{k_TH.row(from), H}, d_q, count * G, size, H, true);
+        Multiply(Transposed{d_run}, q, Matrix{d_k_TH.row(from), H}, size, count * G, H, true);
+        Multiply(Transposed{run}, d_out, Matrix{d_v_TH.row(from), H}, size, count * G, H, true);
+      }
+      WriteQueries(d_q, scale, d_q_BTKGH, b, k, t, count);
+    }
+    Write(d_k_TH, d_k_BTKH, b, k);
+    Write(d_v_TH, d_v_BTKH, b, k);
+  }
+};
+
+// work(b, k) of all. Whoever is free takes the next. The caller works too and waits for what is begun
+// only, not for helpers to come: it may itself occupy the thread they would need.
+template <typename Work>
+void Share(ffi::ThreadPool& pool, Size B, Size K, Work work) {
+  struct Progress {
+    std::atomic<Size> taken{0}, done{0};
+  };
+  const auto progress = std::make_shared<Progress>();
+  const Size parts = B * K;
+  const auto take = [work, progress, parts, K] {
+    for (Size part; (part = progress->taken++) < parts; ++progress->done) work(part / K, part % K);
+  };
+  for (Size helper = 1; helper < std::min<Size>(pool.num_threads(), parts); ++helper)
+    pool.Schedule([take] { take(); });
+  take();
+  while (progress->done < parts) std::this_thread::yield();
+}
+
+template <ffi::DataType type, int rank>
+using Of = ffi::Buffer<type, rank>;
+template <int rank>
+using Floats = Of<ffi::F32, rank>;
+template <int rank>
+using Int32s = Of<ffi::S32, rank>;
+using Mask = Of<ffi::PRED, 3>;
+
+template <ffi::DataType type>
+ffi::Error RunDecode(ffi::ThreadPool pool, Floats<5> q, Floats<4> k, Floats<4> v,
+                     Of<type, 4> prompt_k, Of<type, 4> prompt_v, Of<type, 5> own_k,
+                     Of<type, 5> own_v, Int32s<1> length, Int32s<2> age, Int32s<0> window,
+                     ffi::Result<Floats<5>> out, ffi::Result<Of<type, 5>> new_k,
+                     ffi::Result<Of<type, 5>> new_v, int64_t) {
+  if (new_k->typed_data() != own_k.typed_data() || new_v->typed_data() != own_v.typed_data())
+    return ffi::Error::Internal("the caches must be updated in place");
+  const auto d = q.dimensions();
+  const Decode<ffi::NativeType<type>> step{
+      d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], own_v.dimensions()[3],
+      q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
+      prompt_v.typed_data(), own_k.typed_data(), own_v.typed_data(), out->typed_data(),
+      length.typed_data(), age.typed_data(), window.typed_data()};
+  Share(pool, step.B, step.K, step);
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType type>
+auto DecodeBinding() {
+  return ffi::Ffi::Bind()
+      .template Ctx<ffi::ThreadPool>()
+      .template Arg<Floats<5>>()    // q_BTKGH, scaled
+      .template Arg<Floats<4>>()    // k_BTKH
+      .template Arg<Floats<4>>()    // v_BTKH
+      .template Arg<Of<type, 4>>()  // prompt_k_BKSH
+      .template Arg<Of<type, 4>>()  // prompt_v_BKSH
+      .template Arg<Of<type, 5>>()  // own_k_BTKSH
+      .template Arg<Of<type, 5>>()  // own_v_BTKSH
+      .template Arg<Int32s<1>>()    // prompt_length_B
+      .template Arg<Int32s<2>>()    // age_BT
+      .template Arg<Int32s<0>>()    // window, 0 for none
+      .template Ret<Floats<5>>()    // out_BTKGH
+      .template Ret<Of<type, 5>>()  // own_k_BTKSH
+      .template Ret<Of<type, 5>>()  // own_v_BTKSH
+      .template Attr<int64_t>("flops");
+}
+
+template <ffi::DataType type>
+Whole<ffi::NativeType<type>> Arguments(Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
+                                       Mask visible, float scale) {
+  const auto d = q.dimensions();
+  return {d[0], d[1], d[2], d[3], d[4], scale, q.typed_data(), k.typed_data(), v.typed_data(),
+          visible.typed_data()};
+}
+
+template <ffi::DataType type>
+ffi::Error RunForwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
+                       Mask visible, ffi::Result<Of<type, 5>> out,
+                       ffi::Result<Floats<4>> log_total, float scale, int64_t) {
+  auto rows = Arguments<type>(q, k, v, visible, scale);
+  rows.out_BTKGH = out->typed_data();
+  rows.log_total_BTKG = log_total->typed_data();
+  Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Forwards(b, k); });
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType type>
+ffi::Error RunBackwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
+                        Mask visible, Of<type, 5> out, Floats<4> log_total, Of<type, 5> d_out,
+                        ffi::Result<Of<type, 5>> d_q, ffi::Result<Of<type, 4>> d_k,
+                        ffi::Result<Of<type, 4>> d_v, float scale, int64_t) {
+  auto rows = Arguments<type>(q, k, v, visible, scale);
+  rows.out_BTKGH = out.typed_data();
+  rows.log_total_BTKG = log_total.typed_data();
+  rows.d_out_BTKGH = d_out.typed_data();
+  rows.d_q_BTKGH = d_q->typed_data();
+  rows.d_k_BTKH = d_k->typed_data();
+  rows.d_v_BTKH = d_v->typed_data();
+  Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Backwards(b, k); });
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType type>
+auto WholeBinding() {
+  return ffi::Ffi::Bind()
+      .template Ctx<ffi::ThreadPool>()
+      .template Arg<Of<type, 5>>()  // q_BTKGH
+      .template Arg<Of<type, 4>>()  // k_BTKH
+      .template Arg<Of<type, 4>>()  // v_BTKH
+      .template Arg<Mask>();        // visible_BTS
+}
+
+template <ffi::DataType type>
+auto ForwardsBinding() {
+  return WholeBinding<type>()
+      .template Ret<Of<type, 5>>()  // out_BTKGH
+      .template Ret<Floats<4>>()    // log_total_BTKG
+      .template Attr<float>("scale")
+      .template Attr<int64_t>("flops");
+}
+
+template <ffi::DataType type>
+auto BackwardsBinding() {
+  return WholeBinding<type>()
+      .template Arg<Of<type, 5>>()  // out_BTKGH
+      .template Arg<Floats<4>>()    // log_total_BTKG
+      .template Arg<Of<type, 5>>()  // d_out_BTKGH
+      .template Ret<Of<type, 5>>()  // d_q_BTKGH
+      .template Ret<Of<type, 4>>()  // d_k_BTKH
+      .template Ret<Of<type, 4>>()  // d_v_BTKH
+      .template Attr<float>("scale")
+      .template Attr<int64_t>("flops");
+}
+
+}  // namespace
+
+#define HANDLERS(NAME, TYPE)                                                                       \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(decode_##NAME, RunDecode<TYPE>, DecodeBinding<TYPE>());            \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(forwards_##NAME, RunForwards<TYPE>, ForwardsBinding<TYPE>());      \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(backwards_##NAME, RunBackwards<TYPE>, BackwardsBinding<TYPE>())
+HANDLERS(float32, ffi::F32);
+HANDLERS(bfloat16, ffi::BF16);
