@@ -139,6 +139,7 @@ def results_and_gradients(attention: Any, arrays: list[Any], dtype: str) -> list
 
 
 def whole(*arrays: Any, scale: float) -> jax.Array:
+    assert cpu_attention.available()
     return cpu_attention.whole_attention(*arrays, scale)
 
 
