@@ -119,8 +119,9 @@ def load(args: Namespace, dtype: str | None = None) -> Any:
 
 def headed(model: Any) -> Any:
     """A model's parameters with a verifier's head that all contenders have: end-of-text's row."""
-    tree = model.params["params"]
-    table = "embed_VD" if model.config.tied else "unembed_VD"
+    from gsm_verifier.model import transformer
+
+    tree, table = model.params["params"], transformer.table(model.config)
     row_D = tree[table][model.tokenizer.end]
     return {"params": tree | {table: tree[table].at[model.config.reserved_token].set(row_D)}}
 

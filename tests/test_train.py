@@ -302,7 +302,7 @@ def test_chunked_cross_entropy_is_plain_cross_entropy(length: int, chunk: int) -
         return -(picked * batch.lm_weight_BT).sum()
 
     def chunked(params: Params, hidden: jax.Array) -> jax.Array:
-        return losses.cross_entropy_sum(model, params, hidden, batch, chunk)
+        return losses.cross_entropy_sum(model.config, params, hidden, batch, chunk)
 
     params = make_params(config)
     expected, got = (

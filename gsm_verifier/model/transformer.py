@@ -265,6 +265,23 @@ class Block(nn.Module):
         return after_BTD + added("mlp", Mlp(c, name="mlp")(norm("mlp_norm", read_BTD))), cache
 
 
+def table(config: ModelConfig) -> str:
+    """Name of the parameter that says of every vocabulary entry what its logit is, [V, D]."""
+    return "embed_VD" if config.tied else "unembed_VD"
+
+
+def _capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
+    cap = config.logit_cap
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def logits(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`Transformer.logits` by its `table` alone."""
+    logits = _product("...D,VD->...V", hidden, table_VD)
+    is_text_V = jnp.arange(config.vocab_size) < config.text_size
+    return jnp.where(is_text_V, _capped(config, logits), HIDDEN)
+
+
 class Transformer(nn.Module):
     """A decoder-only transformer with pre-normalisation; its config says the rest.
 
@@ -350,22 +367,16 @@ class Transformer(nn.Module):
         return turns
 
     def _table(self) -> jax.Array:
-        return self.embed_VD if self.config.tied else self.unembed_VD
-
-    def _capped(self, logits: jax.Array) -> jax.Array:
-        cap = self.config.logit_cap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return getattr(self, table(self.config))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the language model, float32 [..., V]; ids that aren't text are never likely."""
-        logits = _product("...D,VD->...V", hidden, self._table())
-        is_text_V = jnp.arange(self.config.vocab_size) < self.config.text_size
-        return jnp.where(is_text_V, self._capped(logits), HIDDEN)
+        return logits(self.config, self._table(), hidden)
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""
         row_D = self._table()[self.config.reserved_token]
-        logit = self._capped(hidden.astype(jnp.float32) @ row_D)
+        logit = _capped(self.config, hidden.astype(jnp.float32) @ row_D)
         return self.value_gain * logit + self.value_bias
 
 
@@ -407,12 +418,11 @@ def neutral_head(config: ModelConfig, params: Params, value: float) -> Params:
     The reserved token's row of the unembedding is zero, so its logit is; through the gain of 1 the
     row learns from the first step on, where a gain of 0 would keep the gradient from it.
     """
-    table = "embed_VD" if config.tied else "unembed_VD"
-    tree = params["params"]
+    tree, name = params["params"], table(config)
     return {
         "params": tree
         | {
-            table: tree[table].at[config.reserved_token].set(0.0),
+            name: tree[name].at[config.reserved_token].set(0.0),
             "value_gain": jnp.ones_like(tree["value_gain"]),
             "value_bias": jnp.full_like(tree["value_bias"], value),
         }

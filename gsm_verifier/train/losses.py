@@ -1,12 +1,17 @@
 """The one loss: cross-entropy of the language model plus the verifier's error (section 4.2)."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import Packed
+from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
+from gsm_verifier.sharding import constrain
 from gsm_verifier.train.batch import Batch
 
 
@@ -29,26 +34,58 @@ def squashed(raw: jax.Array, squash: str) -> jax.Array:
     return jax.nn.sigmoid(raw) if squash == "sigmoid" else raw
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(loss: Callable[..., jax.Array], table_VD: jax.Array, pieces: Any) -> jax.Array:
+    """The sum of loss(table, *piece) over the pieces' first axis.
+
+    Its gradient by the table and by the first array of a piece is computed with it: the logits,
+    which are a piece's at a time, would otherwise have to be computed again in the backward pass,
+    a quarter of the products with the table.
+    """
+
+    def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
+        return total + loss(table_VD, *piece), None
+
+    return jax.lax.scan(add, jnp.zeros(()), pieces)[0]
+
+
+def _total_forward(loss: Any, table_VD: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
+    def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
+        value, (d_table_VD, d_hidden) = jax.value_and_grad(loss, (0, 1))(table_VD, *piece)
+        return jax.tree.map(jnp.add, carry, (value, d_table_VD)), d_hidden
+
+    zero_VD = constrain(jnp.zeros_like(table_VD), "VD")
+    (total, d_table_VD), d_hidden = jax.lax.scan(add, (jnp.zeros(()), zero_VD), pieces)
+    return total, (d_table_VD, d_hidden)
+
+
+def _total_backward(loss: Any, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    d_table_VD, d_hidden = (g.astype(x.dtype) * x for x in kept)
+    return d_table_VD, (d_hidden, None, None)
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
 def cross_entropy_sum(
-    model: Transformer, params: Params, hidden_BTD: jax.Array, batch: Batch, chunk: int
+    config: ModelConfig, params: Params, hidden_BTD: jax.Array, batch: Batch, chunk: int
 ) -> jax.Array:
-    """Weighted cross-entropy summed over the batch, in chunks recomputed in the backward pass."""
+    """Weighted cross-entropy summed over the batch, of so many positions of each row at a time."""
     T = hidden_BTD.shape[1]
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
-    @jax.checkpoint
-    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        hidden_BCD, targets_BC, weight_BC = piece
-        logits_BCV = model.apply(params, hidden_BCD, method="logits")
+    def loss(table_VD: Any, hidden_BCD: Any, targets_BC: Any, weight_BC: Any) -> jax.Array:
+        logits_BCV = transformer.logits(config, table_VD, hidden_BCD)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], -1)[..., 0]
         loss_BC = jax.nn.logsumexp(logits_BCV, -1) - picked_BC
-        return total + (loss_BC * weight_BC).sum(), None
+        return (loss_BC * weight_BC).sum()
 
     def pieces(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    xs = (pieces(hidden_BTD), pieces(batch.targets_BT), pieces(batch.lm_weight_BT))
-    return jax.lax.scan(one, jnp.zeros(()), xs)[0]
+    arrays = (hidden_BTD, batch.targets_BT, batch.lm_weight_BT)
+    table_VD = params["params"][transformer.table(config)]
+    return _total(loss, table_VD, tuple(map(pieces, arrays)))
 
 
 def loss_sums(
@@ -72,7 +109,7 @@ def loss_sums(
     else:
         error_BT = jnp.square(squashed(raw_BT, objective.squash) - batch.label_BT)
     return {
-        "lm": cross_entropy_sum(model, params, hidden_BTD, batch, objective.chunk),
+        "lm": cross_entropy_sum(model.config, params, hidden_BTD, batch, objective.chunk),
         "value": (error_BT * batch.value_weight_BT).sum(),
     }
 
