@@ -95,7 +95,7 @@ PRESETS = {
 
 
 def real(config: ConfigDict, preset: Preset) -> None:
-    config.model.update(pretrained=preset.start, dtype="bfloat16", remat=True)
+    config.model.update(pretrained=preset.start, dtype="auto", remat=True)
     config.mesh.fsdp = preset.chips
     # A row holds any question with a completion of 400 tokens; 32 rows are the paper's batch.
     for stage in TRAINED:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 WORDS: dict[str, tuple[str, ...]] = {
     "data.source": ("synthetic", "gsm8k"),
     "model.family": ("gpt3", "llama"),
-    "model.dtype": ("float32", "bfloat16"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("auto", "jax"),
     "verify.level": ("token", "solution"),
     "verify.objective": ("joint", "verifier_only"),
     "verify.mix": ("weighted", "paper"),
@@ -116,7 +117,8 @@ def default() -> ConfigDict:
             max_length=1024,
             rope_theta=10_000.0,  # families with rotary positions
             tied=None,  # True | False; None: the family's way
-            dtype="float32",  # of the computation; parameters are float32
+            dtype="float32",  # of the computation; parameters are float32; "auto": by the devices
+            attention="auto",  # on CPU in C++ where there is a compiler, else in JAX | "jax"
             remat=False,  # recompute activations in the backward pass
         )
     )

@@ -167,7 +167,7 @@ class Programs:
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        self._model = model_of(config)
+        self._model = model_of(config, mesh.devices.flat[0].platform)
 
     def _rows(self, wanted: int) -> int:
         """`wanted` rows, or as many as make them equally many for every device."""
@@ -307,9 +307,9 @@ class Programs:
         ]
 
 
-def model_of(config: ConfigDict) -> ModelConfig:
+def model_of(config: ConfigDict, platform: str) -> ModelConfig:
     """The model of a config; where it has no tokenizer yet, of as many tokens as are wanted."""
-    return Run(config, Path()).wanted_model(config.text.vocab_size)
+    return Run(config, Path()).wanted_model(config.text.vocab_size, platform)
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:
@@ -380,7 +380,7 @@ def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, dict[tuple[Any,
     Raises:
       ValueError: no slice of this kind is large enough.
     """
-    model, chip = model_of(config), CHIPS[kind]
+    model, chip = model_of(config, "tpu"), CHIPS[kind]
     state = 16 * (model.parameters + model.vocab_size * model.width)  # with Adam and gradients
     for shape in chip.slices.split():
         size = math.prod(map(int, shape.split("x")))

@@ -150,6 +150,18 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def fast_dtype(platform: str) -> str:
+    """What a platform multiplies fastest in: bfloat16, but on a CPU without units for it.
+
+    Two cores with AVX2 alone value 401 tokens/s by SmolLM2-135M in float32, 252 in bfloat16.
+    """
+    if platform != "cpu":
+        return "bfloat16"
+    told = Path("/proc/cpuinfo")
+    flags = told.read_text().split() if told.exists() else ()
+    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
+
+
 def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
     """Pin a traced array to the mesh of the enclosing `jax.set_mesh`; no mesh, no constraint."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -90,12 +90,15 @@ class Run:
         """As prepare wrote it down: what the run started from may be gone since."""
         return model_config.read(self.folder / "model.json")
 
-    def wanted_model(self, tokens: int) -> ModelConfig:
-        """The model its config asks for, from scratch with a tokenizer of so many ids."""
-        keys = self.config.model
-        if self.start:
-            return hf.read_config(self.start).with_(dtype=keys.dtype, remat=keys.remat)
-        return model_config.from_keys(keys, tokens)
+    def wanted_model(self, tokens: int, platform: str) -> ModelConfig:
+        """The model its config asks for on a platform, from scratch of so many tokens."""
+        keys = ConfigDict(self.config.model)
+        if keys.dtype == "auto":
+            keys.dtype = sharding.fast_dtype(platform)
+        if not self.start:
+            return model_config.from_keys(keys, tokens)
+        words = {key: keys[key] for key in ("dtype", "attention", "remat")}
+        return hf.read_config(self.start).with_(**words)
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of a split; there may be no held-out ones."""
@@ -174,7 +177,8 @@ def prepare(run: Run) -> None:
         problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
     tokenizer = _tokenizer(run, splits["train"])
     tokenizer.save(run.folder / "tokenizer.json")
-    model_config.write(run.folder / "model.json", run.wanted_model(tokenizer.size))
+    platform = run.mesh.devices.flat[0].platform
+    model_config.write(run.folder / "model.json", run.wanted_model(tokenizer.size, platform))
     _refuse_what_fails_later(run, splits)
 
 

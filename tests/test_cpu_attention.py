@@ -221,6 +221,7 @@ def test_it_is_used_where_it_applies() -> None:
     assert calls_the_kernel()
     assert calls_the_kernel(scale=0.5)
     assert not calls_the_kernel(cap=30.0)
+    assert not calls_the_kernel(attention="jax")
     assert calls_the_kernel("bfloat16")
 
 

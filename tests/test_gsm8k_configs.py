@@ -228,7 +228,7 @@ def test_a_model_is_pinned_and_follows_the_papers_protocol(name: str) -> None:
     config = GSM8K["get_config"](name)
     validate(config)
     assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", config.model.pretrained)
-    assert config.model.dtype == "bfloat16"
+    assert config.model.dtype == "auto"
     given, known = leaves(config), leaves(default())
     differs = {key for key, value in given.items() if value != known[key]}
     sizes = {"row_tokens", "microbatch_rows", "rows", "prompts", "learning_rate", "clip_norm"}
@@ -267,4 +267,4 @@ def test_smollm2_starts_from_the_folder_its_command_writes() -> None:
     assert f"gsm_verifier.model.gguf {config.model.pretrained}\n" in HEADER
     assert config.finetune.epochs == 2
     assert config.data.train_size == 0
-    assert (config.model.dtype, config.mesh.cpu_devices) == ("bfloat16", 2)
+    assert (config.model.dtype, config.mesh.cpu_devices) == ("auto", 2)

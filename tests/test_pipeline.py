@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from gsm_verifier import compare, pipeline, records
+from gsm_verifier import compare, pipeline, records, sharding, stages
 from gsm_verifier.data import problems
 from gsm_verifier.records import Completion, Label, Score
 from gsm_verifier.text import answers
@@ -269,6 +269,17 @@ def test_what_must_fail_later_fails_at_once_and_can_be_mended(
         pipeline.run_stages(tiny(**{key: value}), tmp_path, ["prepare"])
     pipeline.run_stages(tiny(), tmp_path, ["prepare"])  # the same work directory
     assert (tmp_path / "prepare.done").exists()
+
+
+def test_what_is_left_to_the_devices_is_decided_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "fast_dtype", {"cpu": "bfloat16"}.get)
+    pipeline.run_stages(tiny(model__dtype="auto"), tmp_path, ["prepare"])
+    monkeypatch.undo()
+    config = tiny(model__dtype="auto")
+    assert stages.Run(config, tmp_path).model.dtype == "bfloat16"
+    assert stages.Run(config, tmp_path).wanted_model(300, "tpu").dtype == "bfloat16"
 
 
 def test_another_model_to_start_from_after_prepare_is_refused(tmp_path: Path) -> None:

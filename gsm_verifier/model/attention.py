@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from gsm_verifier import sharding
 from gsm_verifier.model import cpu_attention
+from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.cpu_attention import OWN, SHARED
 
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
@@ -45,12 +46,14 @@ class Look(NamedTuple):
       position_BT: of the queries. window: how many positions back they see, themselves included;
         0 for all. None, a layer without windows, computes nothing for it.
       scale: of the logits, 0 for 1 / sqrt(H). cap: their soft cap, 0 for none.
+      attention: how it is computed, as in ModelConfig.
     """
 
     position_BT: Any = None
     window: Any = None
     scale: float = 0.0
     cap: float = 0.0
+    attention: str = "auto"
 
     def near(self, visible_BTS: jax.Array, position_BS: jax.Array) -> jax.Array:
         """`visible` less what is out of the window."""
@@ -86,9 +89,10 @@ def attend(
     return (out_BTKGH / total_BKTG.swapaxes(1, 2)[..., None]).astype(q_BTKGH.dtype)
 
 
-def by_kernel(look: Look) -> bool:
+def by_kernel(attention: str, cap: float) -> bool:
     """Does the C++ kernel compute this? It has no soft cap."""
-    return sharding.platform() == "cpu" and not look.cap and cpu_attention.available()
+    on_cpu = sharding.platform() == "cpu"
+    return attention == "auto" and on_cpu and not cap and cpu_attention.available()
 
 
 def by_rows(
@@ -150,7 +154,7 @@ class Packed:
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, Any]:
         visible_BTS = look.near(self.visible_BTS, look.position_BT)
-        if by_kernel(look):
+        if by_kernel(look.attention, look.cap):
             scale = look.scale or q_BTKGH.shape[-1] ** -0.5
             out = cpu_attention.whole_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)
         else:
@@ -160,15 +164,16 @@ class Packed:
         return out, (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)) if self.keep else None
 
 
-def kept(dtype: str, mesh: jax.sharding.Mesh) -> str:
-    """The dtype the sampler's keys and values are kept in, for a computation in `dtype`.
+def kept(config: ModelConfig, mesh: jax.sharding.Mesh) -> str:
+    """The dtype the sampler's keys and values are kept in.
 
     XLA:CPU multiplies them in float32 only (see `_einsum`). Kept in bfloat16, all of them would be
     converted for every token, which takes twice the time of the products; the numbers are the same.
     The kernel converts what it reads.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return "float32" if on_cpu and not cpu_attention.available() else dtype
+    kernel = by_kernel(config.attention, config.attention_cap)
+    return "float32" if on_cpu and not kernel else config.dtype
 
 
 class BranchCache(NamedTuple):
@@ -197,7 +202,7 @@ class Branches:
         cache: BranchCache,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, BranchCache]:
-        step = self._kernel if by_kernel(look) else self._segments
+        step = self._kernel if by_kernel(look.attention, look.cap) else self._segments
         return step(q_BTKGH, k_BTKH, v_BTKH, cache, look)
 
     def _kernel(

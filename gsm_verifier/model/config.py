@@ -36,6 +36,7 @@ class ModelConfig:
       rope_linear: positions are divided by it.
       rope_llama3: Llama 3's scaling: factor, low and high frequency factor, original length.
       dtype: of the computation, "float32" | "bfloat16"; parameters are always float32.
+      attention: "auto", on CPU in C++ where there is a compiler, else in JAX; or "jax".
       scan_layers: one set of stacked layers under lax.scan (compiles in the time of one layer,
         but on CPU, where the loop is unrolled)
         or one set of parameters per layer (decodes faster: no slice of the stack is copied).
@@ -71,6 +72,7 @@ class ModelConfig:
     rope_linear: float = 1.0
     rope_llama3: tuple[float, ...] = ()
     dtype: str = "float32"
+    attention: str = "auto"
     scan_layers: bool = True
     remat: bool = False
 
@@ -161,6 +163,7 @@ def from_keys(model: Any, text_size: int) -> ModelConfig:
         max_length=model.max_length,
         rope_theta=model.rope_theta,
         dtype=model.dtype,
+        attention=model.attention,
         remat=model.remat,
         **words,
     )

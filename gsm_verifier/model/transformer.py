@@ -194,7 +194,7 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rotate(q_BTNH, own), rotate(k_BTKH, own)
         B, T = position_BT.shape
         q_BTKGH = q_BTNH.reshape(B, T, c.kv_heads, c.heads // c.kv_heads, c.head_size)
-        look = Look(position_BT, window, c.query_scale, c.attention_cap)
+        look = Look(position_BT, window, c.query_scale, c.attention_cap, c.attention)
         out_BTKGH, cache = context(q_BTKGH, k_BTKH, v_BTKH, cache, look)
         out_BTNH = constrain(out_BTKGH.reshape(q_BTNH.shape), "BTNH")
         wo_NHD = self.param(

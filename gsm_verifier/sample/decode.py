@@ -126,7 +126,7 @@ def slot_shapes(
     def array(letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
-    K, H, dtype = config.kv_heads, config.head_size, kept(config.dtype, mesh)
+    K, H, dtype = config.kv_heads, config.head_size, kept(config, mesh)
 
     def cache() -> BranchCache:
         return BranchCache(
