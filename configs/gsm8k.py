@@ -7,7 +7,7 @@ preset takes 2 epochs over all of GSM8K and then a share of the paper's samples 
 some 5 hours, by the speeds measured with less. What README tells of took 98 minutes, with
 `--config.data.train_size=1200 --config.sample.completions=6`.
 
-    pip install 'gsm_verifier[hf]' && python -m gsm_verifier.model.gguf models/smollm2
+    pip install -e '.[hf]' && python -m gsm_verifier.model.gguf models/smollm2
     python -m gsm_verifier.main --config=configs/gsm8k.py:smollm2-135m \
         --config.data.path=<folder> --workdir=runs/smollm2-135m
 

@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gsm_verifier import sharding
-from gsm_verifier.config import default
+from gsm_verifier.config import default, validate
 from gsm_verifier.model import hf
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import ModelConfig
@@ -49,7 +49,8 @@ class Model:
 
     Attributes:
       config: sizes and family. params: on the devices of `mesh`.
-      options: the run's config; the defaults for a Hugging Face folder.
+      options: the run's config; the defaults for a Hugging Face folder, but for what its
+        generation_config.json says of sampling.
     """
 
     config: ModelConfig
@@ -112,7 +113,7 @@ class Generator(Model):
         Args:
           calculator: force the results of annotations; None: as the run did.
           sampling: temperature (0: the likeliest token), top_k, top_p and max_tokens; where left
-            out, the run's. Other keys of `sample.decode.Sampling` can be given too.
+            out, those of `options`. Other keys of `sample.decode.Sampling` can be given too.
 
         Raises:
           ValueError: question and max_tokens are longer than the model's longest sequence.
@@ -220,7 +221,7 @@ def load(
     if keys and "model_type" not in keys and (folder / "generator").is_dir():
         return _of_run(folder, "generator", keys, mesh)
     beside = _keys(folder.parent)
-    if not keys and beside and folder.name in STAGES and folder.is_dir():
+    if not keys and beside and "model_type" not in beside and folder.name in STAGES:
         return _of_run(folder.parent, folder.name, beside, mesh)
     if folder.is_dir() and "model_type" not in keys:
         raise ValueError(
@@ -252,6 +253,11 @@ def _of_folder(folder: Path, mesh: dict[str, int]) -> Generator | Verifier:
     devices = sharding.make_mesh(**mesh)
     config, params = hf.load(folder, devices)
     options, head = default(), hf.read_head(folder)
+    try:
+        options.sample.update(hf.read_sampling(folder))
+        validate(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / hf.GENERATION}: {error}") from error
     if head:
         options.verify.squash, options.score.aggregate = head["squash"], head["aggregate"]
     kind = Verifier if head else Generator

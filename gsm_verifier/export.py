@@ -2,6 +2,10 @@
 
     python -m gsm_verifier.export --run=runs/quickstart --model=generator --to=<folder>
 
+Its generation_config.json says how the run samples; a baseline's, greedily. The calculator isn't in
+the folder: other programs write the results of annotations themselves. `gsm_verifier.api` loads the
+folder and samples with the calculator.
+
 A verifier's folder also holds `verifier.json`, which says how its value is read from the logits.
 Of a qwen2 with another tokenizer than Qwen's, read the tokenizer by PreTrainedTokenizerFast:
 AutoTokenizer of transformers 5 takes Qwen's for every qwen2, whatever the folder says.
@@ -28,7 +32,7 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
     """Write model `name` of a run's folder to `to`.
 
     Raises:
-      ValueError: not a run's folder, or a stage that hasn't run.
+      ValueError: not a run's folder, a stage that hasn't run, or something is at `to` already.
     """
     from gsm_verifier.model import hf
     from gsm_verifier.stages import Run
@@ -36,7 +40,12 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
     path = run_folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{run_folder} is no run's work directory: it has no config.json")
+    if to.is_file() or (to.is_dir() and any(to.iterdir())):
+        raise ValueError(f"{to} is there and isn't empty: write to another folder, or delete it")
     run = Run(ConfigDict(json.loads(path.read_bytes())), run_folder)
+    sampling = {key: run.config.sample[key] for key in hf.SAMPLING}
+    if name == "baseline":
+        sampling["temperature"] = 0.0  # as it answers in the run
     hf.save(
         to,
         run.model_of(name),
@@ -44,6 +53,7 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
         run.tokenizer,
         squash=run.config.verify.squash if name == "verifier" else None,
         aggregate=run.config.score.aggregate,
+        sampling=None if name == "verifier" else sampling,
         dtype=dtype,
     )
 

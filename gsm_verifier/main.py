@@ -80,7 +80,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
+    example = "missing: for example, --config=configs/quickstart.py --workdir=runs/quickstart"
+    flags.register_validator("config", bool, example)
     flags.register_multi_flags_validator(
         ["workdir", "plan"], lambda x: x["workdir"] or x["plan"], "--workdir is missing"
     )

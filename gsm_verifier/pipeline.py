@@ -69,7 +69,7 @@ def _run_stage(run: Run, name: str) -> None:
     started = _marker(run.folder, name, "started")
     resumed = started.exists()
     if processes.first():
-        _write_marker(run, name, "started", None)
+        _write_marker(run, name, "started")
     # The first process alone looks: of a thousand, all would list a shared file system.
     before = set(run.folder.rglob("*")) if processes.first() else set()
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def _run_stage(run: Run, name: str) -> None:
     processes.wait_for_all(f"{name} is done")
     seconds = time.perf_counter() - began
     if processes.first():
-        _write_marker(run, name, "done", seconds)
+        _write_marker(run, name, "done", seconds=seconds, resumed=resumed)
         started.unlink()
     _say(f"{name}: {seconds:.1f} s")
 
@@ -100,12 +100,12 @@ def _marker(folder: Path, stage: str, state: str) -> Path:
     return folder / f"{stage}.{state}"
 
 
-def _write_marker(run: Run, stage: str, state: str, seconds: float | None) -> None:
+def _write_marker(run: Run, stage: str, state: str, **more: Any) -> None:
     marker = {
         "keys": keys_read(stage, run.config),
-        "seconds": seconds,
         "commit": provenance.commit(),
         "versions": provenance.versions(),
+        **more,
     }
     path = _marker(run.folder, stage, state)
     records.write_atomically(path, json.dumps(marker, indent=1).encode())
@@ -129,8 +129,18 @@ def _refuse_change(config: ConfigDict, folder: Path, stage: str) -> None:
             )
             raise ValueError(
                 f"{folder} was made with another config: {differences}. Use another --workdir, or "
-                f"delete what stage {stage} and those after it made there"
+                f"delete in it what stage {stage} and those after it made: "
+                f"{' '.join(_made_from(folder, stage))}"
             )
+
+
+def _made_from(folder: Path, stage: str) -> list[str]:
+    """What a stage and those after it have left in a work directory."""
+    stages = list(STAGES)
+    later = stages[stages.index(stage) :]
+    markers = [_marker(Path(), name, state).name for name in later for state in ("started", "done")]
+    files = [name for each in later for name in STAGES[each].writes.split()]
+    return [name for name in markers + files if (folder / name).exists()]
 
 
 def closing_table(results: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def slice_devices(topology: str) -> list[Any]:
         raise ValueError(f"--topology={topology}: use {', '.join(CHIPS)}, or a slice, as v5e:4x4")
     known = CHIPS[kind].slices
     if not importlib.util.find_spec("libtpu"):
-        raise ValueError("--topology needs libtpu: pip install 'gsm_verifier[tpu]'")
+        raise ValueError("--topology needs libtpu: pip install -e '.[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU's host
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched
     try:

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
 
@@ -53,6 +54,18 @@ def largest(*numbers: int) -> list[int]:
     if jax.process_count() == 1:
         return list(numbers)
     return multihost_utils.process_allgather(np.asarray(numbers, np.int32)).max(0).tolist()
+
+
+def bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
+    """The progress of the first process's part, of which so much was done before.
+
+    Until its user gives it another postfix, with the first that is done, it says that a program is
+    compiled: that can take minutes.
+    """
+    made = tqdm(desc=what, unit=unit, total=total, initial=done, mininterval=1, disable=not first())
+    if done < total:
+        made.set_postfix_str("compiling")
+    return made
 
 
 class Termination:

@@ -17,6 +17,7 @@ Of many processes, all run every stage, but for those that the first one runs al
 belongs to one process (`_own`), which alone reads or writes it; the work directory is common.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -31,7 +32,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from gsm_verifier import checkpoint, metrics, processes, provenance, rank, records, sharding
 from gsm_verifier.config import leaves
@@ -79,7 +79,8 @@ class Run:
         """The Hugging Face folder of the model to start from; None: start from scratch."""
         name = self.config.model.pretrained
         packaged = PACKAGED / name
-        return (packaged if packaged.is_dir() else hf.resolve(name)) if name else None
+        with _asked_by("model.pretrained"):
+            return (packaged if packaged.is_dir() else hf.resolve(name)) if name else None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -135,7 +136,18 @@ class Run:
         return self.judge.model if name == "verifier" else self.model
 
     def params(self, name: str) -> Params:
-        """The parameters a training stage left in folder `name`."""
+        """The parameters a training stage left in folder `name`.
+
+        Raises:
+          ValueError: there are none, or they are damaged or of another model.
+        """
+        if name == "baseline" and not self.config.baseline.epochs:
+            raise ValueError(
+                f"{self.folder} has no baseline: its config.baseline.epochs is 0, so its generator "
+                "answers greedily"
+            )
+        if not (self.folder / name).is_dir():  # which a store would make
+            raise ValueError(f"{self.folder / name} isn't there: run the stage that makes it")
         model = self.model_of(name)
         like = checkpoint.abstract(
             transformer.shapes(model), transformer.shardings(model, self.mesh)
@@ -145,6 +157,15 @@ class Run:
             return store.restore(like)[0]
         finally:
             store.close()
+
+
+@contextlib.contextmanager
+def _asked_by(key: str) -> Iterator[None]:
+    """What is refused within is told with the key of the config that asked for it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.{key}: {error}") from error
 
 
 def synthetic_sizes(data: ConfigDict) -> dict[str, int]:
@@ -163,11 +184,9 @@ def prepare(run: Run) -> None:
             for split, size in synthetic_sizes(data).items()
         }
     else:
-        source = data.path or "gsm8k"
-        train, heldout = problems_io.held_out(
-            problems_io.load(source, "train"), data.heldout_fraction
-        )
-        test = problems_io.load(source, "test")
+        with _asked_by("data.path"):
+            train, test = (problems_io.load(data.path or "gsm8k", s) for s in ("train", "test"))
+        train, heldout = problems_io.held_out(train, data.heldout_fraction)
         splits = {
             "train": problems_io.subset(train, data.train_size or len(train), data.seed),
             "heldout": heldout,
@@ -187,7 +206,7 @@ def _refuse_what_fails_later(run: Run, splits: dict[str, list[Problem]]) -> None
 
     Raises:
       ValueError: lengths that don't fit, more top_k than tokens, a mesh the devices don't make,
-        another run or imported completions that won't do; names the key.
+        documents, another run or imported completions that won't do; names the key.
     """
     config = run.config
     limits = {f"config.{s}.row_tokens": config[s].row_tokens for s in TRAINED_ON_PROBLEMS}
@@ -215,26 +234,42 @@ def _refuse_what_fails_later(run: Run, splits: dict[str, list[Problem]]) -> None
             f"config.sample.top_k={config.sample.top_k}: the tokenizer has {run.tokenizer.size} ids"
         )
     sharding.share(run.mesh)
+    if config.pretrain.epochs and len(list(itertools.islice(_document_trees(run), 2))) < 2:
+        raise ValueError(
+            "config.pretrain.documents, or where it is empty config.pretrain.generated, gives too "
+            "little text: two documents, or one longer than config.pretrain.row_tokens, are the "
+            "least"
+        )
     for stage in IMPORTS:
-        _imported(run, stage)
+        with _asked_by(f"{stage}.imported"):
+            _imported(run, stage)
 
 
 def _tokenizer(run: Run, train: Sequence[Problem]) -> Tokenizer:
     if run.start:
-        return hf.read_tokenizer(run.start)
+        with _asked_by("model.pretrained"):
+            return hf.read_tokenizer(run.start)
     if run.config.text.tokenizer:
-        return Tokenizer.load(run.config.text.tokenizer)
+        with _asked_by("text.tokenizer"):
+            return Tokenizer.load(run.config.text.tokenizer)
     more = list(itertools.islice(_documents(run), 5000)) if run.config.pretrain.epochs else []
     texts = [f"{p.question}\n{p.solution}" for p in train] + more
     return Tokenizer.train(texts, run.config.text.vocab_size, run.config.text.numbers)
 
 
 def _documents(run: Run) -> Iterator[str]:
-    """The texts of pretraining."""
+    """The texts of pretraining, one in memory at a time."""
     options, data = run.config.pretrain, run.config.data
     if options.documents:
-        return documents.read(options.documents)
-    return synthetic.documents(options.generated, data.seed, data.difficulty, data.trials)
+        with _asked_by("pretrain.documents"):
+            yield from documents.read(options.documents)
+    else:
+        yield from synthetic.documents(options.generated, data.seed, data.difficulty, data.trials)
+
+
+def _document_trees(run: Run) -> Iterator[Tree]:
+    longest = min(run.config.pretrain.row_tokens, run.model.max_length)
+    return document_trees(run.tokenizer.documents(_documents(run)), longest)
 
 
 def _fit(
@@ -290,11 +325,7 @@ def pretrain(run: Run) -> None:
         params = hf.load(run.start, run.mesh)[1]
     else:
         params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
-    texts = _documents(run) if run.config.pretrain.epochs else iter(())
-    longest = min(run.config.pretrain.row_tokens, run.model.max_length)
-    trees = document_trees(run.tokenizer.documents(texts), longest)
-    if run.config.pretrain.epochs and len(trees) < 2:
-        raise ValueError("config.pretrain.documents: hold too little text; 2 rows are the least")
+    trees = list(_document_trees(run)) if run.config.pretrain.epochs else []
     aside = max(1, len(trees) // 100)
     _fit(
         run,
@@ -371,22 +402,17 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
     prompts = {p.id: run.question(p) for p in problems}
     longest = max(map(len, prompts.values()), default=0)
     requests = [Request(problem, prompts[problem], range(n)) for problem in shard_of]
-    with _bar(f"sample {folder.name}", "completion", len(shard_of) * n) as bar:
+    with processes.bar(f"sample {folder.name}", "completion", len(shard_of) * n) as bar:
         for completion in engine.run(requests, longest):
             path = shard_of[completion.problem]
             found[path][completion.problem, completion.sample] = completion
+            bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}", refresh=False)
             bar.update()
             if len(found[path]) == len(parts[path]) * n:
                 rows = found.pop(path)
                 ordered = [rows[p.id, m] for p in parts[path] for m in range(n)]
                 _write(run, path, Completion, ordered)
-                bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}", refresh=False)
     processes.wait_for_all(f"{folder} is complete")
-
-
-def _bar(what: str, unit: str, total: int) -> tqdm:
-    """The progress of the first process's part."""
-    return tqdm(desc=what, unit=unit, total=total, mininterval=1, disable=not processes.first())
 
 
 def _engine(run: Run, name: str, completions: int, **changes: Any) -> Engine:
@@ -578,7 +604,7 @@ def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]
     own = _own(run, records.shards(run.folder / "samples/test"))
     todo = [path for path in own if not (scores / path.name).exists()]
     (rounds,) = processes.largest(len(todo))  # a process without a shard left goes on with none
-    with _bar("score test", "shard", len(todo)) as bar:
+    with processes.bar("score test", "shard", len(todo)) as bar:
         for path in [*todo, *[None] * (rounds - len(todo))]:
             columns = ["problem", "sample", "tokens"]
             shard = records.read_table(path, Completion, columns) if path else None
@@ -594,6 +620,7 @@ def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]
                     "score": [aggregate(value, how) for value in values],
                 }
                 _write_beside(run, scores / path.name, Score, shard, scored)
+                bar.set_postfix_str("", refresh=False)
                 bar.update()
 
 
@@ -654,8 +681,8 @@ def _choices(folder: Path) -> Iterator[rank.Choice]:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    timing = {
-        stage: json.loads((run.folder / f"{stage}.done").read_text())["seconds"]
+    markers = {
+        stage: json.loads((run.folder / f"{stage}.done").read_bytes())
         for stage in STAGES
         if (run.folder / f"{stage}.done").exists()
     }
@@ -665,7 +692,9 @@ def _provenance(run: Run) -> dict[str, Any]:
         "versions": provenance.versions(),
         "seed": run.config.seed,
         "config": run.config.to_dict(),
-        "timing": timing,
+        # Seconds of the last attempt at each stage; of these stages some work had been done before.
+        "timing": {stage: marker["seconds"] for stage, marker in markers.items()},
+        "resumed": [stage for stage, marker in markers.items() if marker.get("resumed")],
     }
 
 
@@ -731,11 +760,13 @@ class Stage:
 
     Attributes:
       reads: the parts of the config it reads beside those of the stages before it.
+      writes: what it makes in the work directory.
       alone: the first process runs it, and the others wait.
     """
 
     run: Callable[[Run], None]
     reads: tuple[str, ...]
+    writes: str
     alone: bool = False
 
     @property
@@ -745,16 +776,25 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    # The tokenizer is the pretrained model's, or learnt from the documents of pretraining too.
-    "prepare": Stage(prepare, ("seed", "data", "text", "model", "pretrain"), alone=True),
-    "pretrain": Stage(pretrain, ()),
-    "finetune": Stage(finetune, ("finetune", "baseline")),
-    "sample": Stage(sample, ("sample", "records")),
-    "label": Stage(label, ()),
-    "verify": Stage(verify, ("verify",)),
-    "score": Stage(score, ("score",)),
-    "rank": Stage(rank_, ("rank",), alone=True),
-    "report": Stage(report, ("report",), alone=True),
+    "prepare": Stage(
+        prepare,
+        # The tokenizer is the pretrained model's, or learnt from the documents of pretraining too.
+        ("seed", "data", "text", "model", "pretrain"),
+        "problems tokenizer.json tokenizer_config.json model.json",
+        alone=True,
+    ),
+    "pretrain": Stage(pretrain, (), "pretrained metrics/pretrained.jsonl"),
+    "finetune": Stage(
+        finetune,
+        ("finetune", "baseline"),
+        "generator baseline metrics/generator.jsonl metrics/baseline.jsonl",
+    ),
+    "sample": Stage(sample, ("sample", "records"), "samples/train samples/heldout"),
+    "label": Stage(label, (), "labels/train labels/heldout"),
+    "verify": Stage(verify, ("verify",), "verifier metrics/verifier.jsonl"),
+    "score": Stage(score, ("score",), "samples/test samples/greedy scores"),
+    "rank": Stage(rank_, ("rank",), "labels/test labels/greedy results.json", alone=True),
+    "report": Stage(report, ("report",), "report.html", alone=True),
 }
 
 

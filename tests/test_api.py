@@ -1,5 +1,7 @@
 """A run, made by the command, loaded again in three lines; and its exported folders."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gsm_verifier import api, records
+from gsm_verifier import api, export, records
 from gsm_verifier.data import problems
 from gsm_verifier.model import hf
 from gsm_verifier.records import Completion, Problem, Score
@@ -112,18 +114,61 @@ def test_texts_are_scored_as_whole_solutions(verifier: api.Verifier, problem: Pr
 def test_an_exported_folder_is_the_same_model(
     run: Path, generator: api.Generator, verifier: api.Verifier, problem: Problem, tmp_path: Path
 ) -> None:
-    for name, model in (("generator", generator), ("verifier", verifier)):
-        squash = model.options.verify.squash if name == "verifier" else None
-        hf.save(tmp_path / name, model.config, model.params, model.tokenizer, squash=squash)
+    for name in ("generator", "verifier"):
+        export.export(run, name, tmp_path / name, "float32")
     ids = generator.tokenizer.encode(problem.question)
     again = api.load(tmp_path / "generator")
     assert isinstance(again, api.Generator)
     np.testing.assert_allclose(again.logits(ids), generator.logits(ids), atol=1e-5)
+    for key in hf.SAMPLING:
+        assert again.options.sample[key] == generator.options.sample[key]
+    assert again.options.sample.max_tokens == 48
     judge = api.load(tmp_path / "verifier")
     assert isinstance(judge, api.Verifier)
+    assert judge.options.score.aggregate == verifier.options.score.aggregate == "min"
     [(_, expected)] = verifier.values(problem.question, [problem.solution])
     [(_, values)] = judge.values(problem.question, [problem.solution])
     np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_a_baseline_is_exported_as_greedy_and_never_over_anything(
+    run: Path, tmp_path: Path
+) -> None:
+    export.export(run, "baseline", tmp_path, "float16")  # an empty folder will do
+    written = json.loads((tmp_path / hf.GENERATION).read_bytes())
+    assert (written["do_sample"], written["max_new_tokens"]) == (False, 48)
+    before = (tmp_path / hf.WEIGHTS).stat().st_mtime_ns
+    for to in (tmp_path, tmp_path / hf.CONFIG):
+        with pytest.raises(ValueError, match="another folder, or delete it"):
+            export.export(run, "generator", to, "float32")
+    assert (tmp_path / hf.WEIGHTS).stat().st_mtime_ns == before
+    (tmp_path / hf.GENERATION).write_text('{"do_sample": true, "temperature": -1}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: config\.sample\.temperature"):
+        api.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "message"),
+    [
+        ("baseline", 0.0, r"has no baseline: its config\.baseline\.epochs is 0"),
+        ("baseline", 3.0, "isn't there: run the stage that makes it"),
+        ("verifier", 3.0, "isn't there: run the stage that makes it"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_and_nothing_made(
+    name: str, epochs: float, message: str, run: Path, tmp_path: Path
+) -> None:
+    for path in run.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    keys = json.loads((run / "config.json").read_bytes())
+    keys["baseline"]["epochs"] = epochs
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        api.load(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        export.export(tmp_path, name, tmp_path / "exported", "float32")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_mesh_can_split_the_parameters(generator: api.Generator, run: Path) -> None:

@@ -235,7 +235,7 @@ def test_the_command_line_refuses_in_one_line_before_any_work(
         (["--config=configs/quickstart.py:tiny", "surplus"], "unknown argument surplus"),
         (["--config=configs/quickstart.py:enormous"], "enormous"),
         (["--config=configs/no_such_file.py"], "no_such_file.py"),
-        ([], "--config"),
+        ([], "--config=configs/quickstart.py --workdir=runs/quickstart"),
     ],
     ids=lambda x: x[-1] if isinstance(x, list) and x else "",
 )

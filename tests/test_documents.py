@@ -47,10 +47,11 @@ def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", 'write {"text": "..."}'),
-        ("3", 'write {"text": "..."}'),
-        ("[" * 100_000, 'write {"text": "..."}'),
-        ({"question": "a"}, 'write {"text": "..."}'),
+        ("{", "not JSON (Expecting property name"),
+        ('{"text": "cut', "not JSON (Unterminated string"),
+        ("[" * 100_000, "not JSON (maximum recursion"),
+        ("3", 'no key "text": write {"text": "..."}'),
+        ({"question": "a"}, 'no key "text": write {"text": "..."}'),
         ({"text": 3}, '"text" is no string: quote it'),
         ({"text": None}, '"text" is no string: quote it'),
         (b'{"text": "\xff"}', "not UTF-8"),

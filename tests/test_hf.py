@@ -282,6 +282,27 @@ def test_a_model_from_scratch_exports(
 
 
 @oracle
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_transformers_samples_as_the_folder_says(
+    temperature: float, transformers: Any, mesh: Mesh, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 0.9, "max_tokens": 7}
+    hf.save(tmp_path, *own_model("llama", mesh), tokenizer, sampling=sampling)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    read = theirs.generation_config
+    assert read.do_sample == bool(temperature)
+    assert (read.eos_token_id, read.max_new_tokens) == (tokenizer.end, 7)
+    if temperature:
+        assert (read.temperature, read.top_k, read.top_p) == (temperature, 0, 0.9)
+        assert hf.read_sampling(tmp_path) == sampling
+    else:
+        assert hf.read_sampling(tmp_path) == {"max_tokens": 7}
+    torch = pytest.importorskip("torch")
+    ids = torch.tensor([ids_of(5)])
+    assert 5 < theirs.generate(ids, attention_mask=torch.ones_like(ids)).shape[1] <= 12
+
+
+@oracle
 @pytest.mark.parametrize("squash", ["none", "sigmoid"])
 @pytest.mark.parametrize("family", ["gpt3", "llama"])
 def test_a_verifier_is_read_in_transformers_as_its_file_says(
@@ -334,6 +355,14 @@ def test_what_is_saved_is_loaded_on_any_mesh(
             expected[rows:] = 0
         np.testing.assert_array_equal(np.asarray(leaf), expected, name)
         assert leaf.dtype == expected.dtype
+
+
+def test_a_folder_without_a_model_is_told_what_it_lacks(tmp_path: Path) -> None:
+    for read in (hf.read_config, hf.read_tokenizer):
+        with pytest.raises(ValueError, match="give a Hugging Face folder") as error:
+            read(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / hf.CONFIG} isn't there")
+    assert hf.read_sampling(tmp_path) == {}
 
 
 @pytest.fixture

@@ -85,7 +85,9 @@ def config_of(folder: Path) -> ConfigDict:
 def results_of(folder: Path) -> dict[str, Any]:
     """The results without what differs between two runs of the same."""
     results = json.loads((folder / "results.json").read_bytes())
-    return {k: v for k, v in results.items() if k not in ("timing", "commit", "versions")}
+    return {
+        k: v for k, v in results.items() if k not in ("timing", "resumed", "commit", "versions")
+    }
 
 
 def shards_of(folder: Path, *roots: str) -> dict[str, bytes]:
@@ -145,6 +147,7 @@ def test_results_follow_their_schema(finished) -> None:
     earlier = STAGES[: STAGES.index("rank")]
     assert set(results["timing"]) >= set(earlier)
     assert all(seconds >= 0 for seconds in results["timing"].values())
+    assert results["resumed"] == []
 
 
 def test_records_are_aligned_and_complete(finished) -> None:
@@ -191,6 +194,16 @@ def test_the_run_ends_with_a_table_and_the_reports_path(finished) -> None:
     assert "N = 10" in table
     assert len(table.splitlines()) == 2 + len(NAMES) + 1
     assert table.splitlines()[-1] == f"report: {finished.folder / 'report.html'}"
+
+
+def test_what_waits_for_a_program_says_so_until_something_is_done(finished) -> None:
+    lines = re.split(r"[\r\n]", finished.err)
+    bars = ["pretrain", "finetune", "baseline", "verify", "score test"]
+    for bar in [*bars, *(f"sample {folder}" for folder in SAMPLED)]:
+        told = [line for line in lines if line.startswith(f"{bar}: ")]
+        assert "compiling" in told[1]  # the first line is drawn before it
+        assert "compiling" not in told[-1]
+        assert [line for line in told if "compiling" in line and " 0/" not in line] == []
 
 
 # Running again
@@ -242,6 +255,48 @@ def test_a_changed_config_is_refused_with_old_and_new(
         assert f"{key} was {old} and is now {new!r}. Use another --workdir" in message
         assert "\n" not in message
     assert (state_of(finished.folder), (finished.folder / "config.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "before"), [("seed", 1, None), ("verify.level", "solution", "label.done")]
+)
+def test_a_changed_config_tells_what_to_delete(
+    key: str, value: Any, before: str | None, copy: Path
+) -> None:
+    """What is left is what was there when the stage before ended."""
+    config = config_of(copy)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match="was made with another config") as error:
+        pipeline.run_stages(config, copy, STAGES)
+    ended = state_of(copy)[before][0] if before else 0
+    wanted = {name for name, (written, _) in state_of(copy).items() if written <= ended}
+    for name in str(error.value).rsplit(": ", 1)[1].split():
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    left = {name for name in state_of(copy) if not name.startswith("metrics/tensorboard")}
+    assert left == {name for name in wanted if not name.startswith("metrics/tensorboard")}
+    pipeline.run_stages(config, copy, ["prepare"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file of documents"), ("", "too little text"), ("one\n", "too little text")],
+)
+@pytest.mark.parametrize("pretrained", ["", "quickstart"])
+def test_documents_are_asked_for_before_any_training(
+    content: str | None, message: str, pretrained: str, tmp_path: Path
+) -> None:
+    source, folder = tmp_path / "documents.txt", tmp_path / "run"
+    if content is not None:
+        source.write_text(content)
+    config = tiny(
+        pretrain__documents=str(source), model__pretrained=pretrained, mesh__cpu_devices=8
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        pipeline.run_stages(config, folder, ["prepare"])
+    assert str(error.value).startswith("config.pretrain.documents")
+    source.write_text("one\ntwo\n")
+    pipeline.run_stages(config, folder, ["prepare"])  # the same work directory
 
 
 def tiny(**keys: Any) -> ConfigDict:
@@ -353,12 +408,16 @@ def test_a_lost_sample_shard_is_made_again_bit_for_bit(finished, copy: Path, env
     lost += [records.shard_path(copy / "samples/heldout", 0, 2)]
     for path in lost:
         path.unlink()
-    (copy / "sample.done").unlink()
+    (copy / "sample.done").rename(copy / "sample.started")  # as if it had been killed
     kept = records.shard_path(copy / "samples/train", 0, 3)
     before = kept.stat().st_mtime_ns
     done = run_main(copy, environment, "--stages=sample")
     assert done.code == 0, done.err
     assert kept.stat().st_mtime_ns == before
+    (copy / "rank.done").unlink()
+    assert run_main(copy, environment, "--stages=rank").code == 0
+    results = json.loads((copy / "results.json").read_bytes())
+    assert results["resumed"] == ["sample"]  # whose seconds aren't all it took
     same_run(copy, finished.folder)
 
 

@@ -268,7 +268,7 @@ def test_an_unknown_slice_is_one_line(topology: str, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_libtpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs libtpu: pip install 'gsm_verifier\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"needs libtpu: pip install -e '\.\[tpu\]'"):
         next(plan.lines(tiny(), "v5e:2x2"))
 
 

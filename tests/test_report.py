@@ -336,6 +336,7 @@ def test_texts_cannot_break_out(text: str) -> None:
     results["config"] = {text: text}
     results["versions"] = {text: text}
     results["timing"] = {text: 1.0}
+    results["resumed"] = [text]
     results["verifier"]["shortcuts"] = {text: 0.5}
     metrics = {text: [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]}
     html = page.render(results, metrics, [problem], text)
@@ -397,6 +398,12 @@ def test_numbers_shown_are_the_numbers_given() -> None:
         assert share in document.text("key")
     assert results["commit"] in table
     assert document.text("text config").count("llama") == 1
+
+
+def test_a_stage_that_was_cut_is_said_to_be_timed_in_part() -> None:
+    told = "of sample, score in the last attempt alone"
+    assert told in render(results=sample_results() | {"resumed": ["sample", "score"]})
+    assert "last attempt" not in render(results=sample_results() | {"resumed": []})
 
 
 def test_tokens_carry_their_values() -> None:

@@ -196,7 +196,7 @@ def test_objectives_say_whether_language_is_trained() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 99), max_size=30), max_size=8), st.integers(1, 12))
 def test_documents_are_cut_without_losing_a_prediction(documents: Sequences, capacity: int) -> None:
-    trees = document_trees(documents, capacity)
+    trees = list(document_trees(documents, capacity))
     assert all(1 <= tree.length <= capacity for tree in trees)
     pairs = [
         pair

@@ -50,13 +50,16 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path) -> Iterator[str]:
     for number, line in _numbered(path):
+        where = f"{path}, line {number}"
         try:
-            text = json.loads(line)[KEY]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f'{path}, line {number}: write {{"{KEY}": "..."}}') from error
-        if not isinstance(text, str):
-            raise ValueError(f'{path}, line {number}: "{KEY}" is no string: quote it')
-        yield text
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'{where}: not JSON ({error}): write {{"{KEY}": "..."}}') from error
+        if not isinstance(row, dict) or KEY not in row:
+            raise ValueError(f'{where}: no key "{KEY}": write {{"{KEY}": "..."}}')
+        if not isinstance(row[KEY], str):
+            raise ValueError(f'{where}: "{KEY}" is no string: quote it')
+        yield row[KEY]
 
 
 def _parquet(path: Path) -> Iterator[str]:

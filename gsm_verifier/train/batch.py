@@ -1,6 +1,6 @@
 """The one Batch of all training, and the trees each stage makes its batches from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,13 +46,11 @@ class Batch(NamedTuple):
         return (s <= t) & same & line
 
 
-def document_trees(documents: Iterable[Sequence[int]], capacity: int) -> list[Tree]:
+def document_trees(documents: Iterable[Sequence[int]], capacity: int) -> Iterator[Tree]:
     """Pretraining: documents in pieces of at most `capacity` predictions, all of weight 1."""
-    return [
-        Tree(ids[start : start + capacity + 1], lm_weight=1.0)
-        for ids in documents
-        for start in range(0, len(ids) - 1, capacity)
-    ]
+    for ids in documents:
+        for start in range(0, len(ids) - 1, capacity):
+            yield Tree(ids[start : start + capacity + 1], lm_weight=1.0)
 
 
 def finetuning_trees(

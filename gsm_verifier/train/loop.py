@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from gsm_verifier import checkpoint, processes, sharding
 from gsm_verifier.data.packing import PackedRows, Tree
@@ -240,14 +239,7 @@ def fit(
         batches = rows.batches(cut.batch, start, mine=mine)
         rate = optimizer.schedule(options.learning_rate, cut.steps, options.warmup_steps)
         began, tokens = time.perf_counter(), 0
-        bar = tqdm(
-            total=cut.steps,
-            initial=start,
-            desc=name,
-            unit="step",
-            mininterval=1.0,
-            disable=not processes.first(),
-        )
+        bar = processes.bar(name, "step", cut.steps, start)
         for index in range(start, cut.steps):
             batch = device_batch(mesh, next(batches), cut.accumulate)
             state, metrics = step(state, batch)
