@@ -315,6 +315,9 @@ def tiny(**keys: Any) -> ConfigDict:
         ("sample__top_k", 5000, "config.sample.top_k=5000: the tokenizer has"),
         ("verify__run", "nowhere", "config.verify.run=nowhere is no finished run"),
         ("mesh__data", 7, "7"),
+        ("model__pretrained", "nowhere", "config.model.pretrained: nowhere: no such folder"),
+        ("text__tokenizer", "nowhere", "config.text.tokenizer: no tokenizer at nowhere"),
+        ("score__imported", "nowhere", "config.score.imported: nowhere: no such file"),
     ],
 )
 def test_what_must_fail_later_fails_at_once_and_can_be_mended(
@@ -335,6 +338,12 @@ def test_what_is_left_to_the_devices_is_decided_once(
     config = tiny(model__dtype="auto")
     assert stages.Run(config, tmp_path).model.dtype == "bfloat16"
     assert stages.Run(config, tmp_path).wanted_model(300, "tpu").dtype == "bfloat16"
+
+
+def test_a_folder_without_problems_is_told_with_its_key(tmp_path: Path) -> None:
+    config = tiny(data__source="gsm8k", data__path=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"^config\.data\.path: .*nowhere does not exist"):
+        pipeline.run_stages(config, tmp_path / "run", ["prepare"])
 
 
 def test_another_model_to_start_from_after_prepare_is_refused(tmp_path: Path) -> None:
