@@ -3,13 +3,14 @@
 A work directory keeps, for every split, `samples/<split>/<shard>.parquet`, and beside it `labels/`
 and `scores/` with the same rows in the same order, keyed by (problem, sample). A shard is written
 under a temporary name, synced and renamed: a shard that exists is whole. Resuming is skipping
-the shards that exist.
+the shards that exist. Its row groups are whole problems, so that a few can be read without the
+others.
 """
 
 import itertools
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,6 +104,8 @@ SCHEMAS: dict[type, pa.Schema] = {
 
 Record = TypeVar("Record", Completion, Label, Score)
 
+GROUP = 500  # rows of a row group at least: with few, its headers weigh on the file
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a whole file or none: temporary name, fsync, rename.
@@ -130,26 +133,54 @@ def write_columns(path: Path, kind: type[Any], columns: Mapping[str, Any]) -> No
 
 def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", write_page_checksum=True
+    ) as writer:
+        start = end = 0
+        for part in problem_tables(table):
+            end += part.num_rows
+            if end - start >= GROUP or end == table.num_rows:
+                writer.write_table(table.slice(start, end - start))
+                start = end
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def read_table(path: Path, kind: type[Any], columns: Sequence[str] | None = None) -> pa.Table:
-    """One shard as a table, with all or some of its columns.
+def _group_ends(file: pq.ParquetFile) -> list[int]:
+    """Where the row groups of a shard end; the first number, 0, is where they begin."""
+    sizes = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+def read_table(
+    path: Path,
+    kind: type[Any],
+    columns: Sequence[str] | None = None,
+    rows: range | None = None,
+) -> pa.Table:
+    """One shard as a table, with all or some of its columns and rows.
 
     Raises:
       ValueError: a missing, damaged or foreign file; names it and the mend.
     """
     try:
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-        wanted = SCHEMAS[kind]
-        if columns is None and not table.schema.equals(wanted):
-            raise ValueError(f"its columns are {table.schema.names}, not {wanted.names}")
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            whole = range(file.metadata.num_rows)
+            rows = whole if rows is None else rows
+            ends = _group_ends(file)
+            groups = [
+                group
+                for group, (start, end) in enumerate(itertools.pairwise(ends))
+                if start < rows.stop and rows.start < end
+            ]
+            table = file.read_row_groups(groups, columns)
+        table = table.slice(rows.start - ends[groups[0]] if groups else 0, len(rows))
+        if columns is None and not table.schema.equals(SCHEMAS[kind]):
+            raise ValueError(f"its columns are {table.schema.names}, not {SCHEMAS[kind].names}")
         # No checksum covers the footer, whose number of rows stands there twice.
-        if table.num_rows != pq.read_metadata(path).num_rows:
+        if table.num_rows != len(rows) or ends[-1] != len(whole):
             raise ValueError("its numbers of rows disagree")
-        return table
-    except (OSError, ValueError, pa.ArrowException) as error:
+        return table if columns is None else table.select(columns)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"can't read {path} as {kind.__name__} records: {error}; delete it and run its stage "
             "again"
@@ -209,30 +240,51 @@ def read_all(folder: Path, kind: type[Record]) -> list[Record]:
 FOLDERS: dict[type, str] = {Completion: "samples", Label: "labels", Score: "scores"}
 
 
-def tables(run: Path, split: str, columns: Mapping[type[Any], Sequence[str]]) -> Iterator[pa.Table]:
+def tables(
+    run: Path,
+    split: str,
+    columns: Mapping[type[Any], Sequence[str]],
+    places: Iterable[tuple[str, range | None]] | None = None,
+) -> Iterator[pa.Table]:
     """The named columns of several kinds side by side: a table for every problem.
 
     One shard is in memory at a time, without the columns not asked for.
+
+    Args:
+      places: names of shards, and which of their rows; None: all.
 
     Raises:
       ValueError: a kind's shards don't hold the same rows as the first one's.
     """
     keys = ["problem", "sample"]
     first = next(iter(columns))
-    for path in shards(run / FOLDERS[first] / split):
+    if places is None:
+        places = [(path.name, None) for path in shards(run / FOLDERS[first] / split)]
+    for name, rows in places:
         whole: pa.Table | None = None
         for kind, names in columns.items():
-            table = read_table(run / FOLDERS[kind] / split / path.name, kind, [*keys, *names])
+            path = run / FOLDERS[kind] / split / name
+            table = read_table(path, kind, [*keys, *names], rows)
             whole = table if whole is None else whole
             if not table.select(keys).equals(whole.select(keys)):
                 raise ValueError(
-                    f"{path.name} of {' and '.join(FOLDERS[k] for k in columns)} in {run}, {split},"
+                    f"{name} of {' and '.join(FOLDERS[k] for k in columns)} in {run}, {split},"
                     " hold different rows: delete all but the samples and run their stages again"
                 )
             if table is not whole:
-                for name in names:
-                    whole = whole.append_column(name, table[name])
+                for column in names:
+                    whole = whole.append_column(column, table[column])
         yield from problem_tables(whole)
+
+
+def places(run: Path, split: str) -> list[tuple[str, range]]:
+    """The row groups of a split's samples, in order, as `tables` wants them."""
+    found = []
+    for path in shards(run / FOLDERS[Completion] / split):
+        with pq.ParquetFile(path) as file:
+            ends = _group_ends(file)
+        found += [(path.name, range(*rows)) for rows in itertools.pairwise(ends)]
+    return found
 
 
 def problem_tables(shard: pa.Table) -> Iterator[pa.Table]:

@@ -38,7 +38,7 @@ from gsm_verifier.config import leaves
 from gsm_verifier.data import documents, synthetic
 from gsm_verifier.data import problems as problems_io
 from gsm_verifier.data.imported import Imported
-from gsm_verifier.data.packing import Tree
+from gsm_verifier.data.packing import Forest, Tree
 from gsm_verifier.model import config as model_config
 from gsm_verifier.model import hf, transformer
 from gsm_verifier.model.config import ModelConfig
@@ -545,28 +545,34 @@ def verify(run: Run) -> None:
     )
 
 
-def _verifier_trees(run: Run, split: str) -> list[Tree]:
-    """The labelled completions of a split, of which only tokens and labels are kept in memory."""
+def _verifier_trees(run: Run, split: str) -> Sequence[Tree]:
+    """The labelled completions of a split, of which those are in memory that a batch wants."""
     if not (run.folder / "samples" / split).is_dir():
         return []
-    options, problems = run.config.verify, {p.id: p for p in run.problems(split)}
-    made: list[Tree] = []
-    columns = {Completion: ["tokens"], Label: ["correct"]}
-    for table in records.tables(run.folder, split, columns):
-        problem = problems[table["problem"][0].as_py()]
-        chosen = table.slice(0, options.completions or None)
-        made += verifier_trees(
-            run.question(problem),
-            run.solution(problem),
-            records.lists(chosen["tokens"]),
-            chosen["correct"].to_pylist(),
-            level=options.level,
-            objective=options.objective,
-            mix=options.mix,
-            branches=options.branches,
-            capacity=options.row_tokens,
-        )
-    return made
+    options, columns = run.config.verify, {Completion: ["tokens"], Label: ["correct"]}
+    problems, places = {p.id: p for p in run.problems(split)}, records.places(run.folder, split)
+
+    @functools.cache
+    def text(problem: str) -> tuple[list[int], list[int]]:
+        return run.question(problems[problem]), run.solution(problems[problem])
+
+    def grove(place: int) -> list[Tree]:
+        made: list[Tree] = []
+        for table in records.tables(run.folder, split, columns, [places[place]]):
+            chosen = table.slice(0, options.completions or None)
+            made += verifier_trees(
+                *text(table["problem"][0].as_py()),
+                records.lists(chosen["tokens"]),
+                chosen["correct"].to_pylist(),
+                level=options.level,
+                objective=options.objective,
+                mix=options.mix,
+                branches=options.branches,
+                capacity=options.row_tokens,
+            )
+        return made
+
+    return Forest(len(places), grove)
 
 
 def _raw(value: float, squash: str) -> float:

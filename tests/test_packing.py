@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsm_verifier.data.packing import FIELDS, OPEN_ROWS, Branch, PackedRows, Tree, pack, split
+from gsm_verifier.data import packing
+from gsm_verifier.data.packing import (
+    FIELDS,
+    OPEN_ROWS,
+    Branch,
+    Forest,
+    PackedRows,
+    Tree,
+    pack,
+    split,
+)
 
 
 def trees_of(lengths: list[int]) -> list[Tree]:
@@ -213,6 +223,32 @@ def test_layout_says_where_every_tree_stands() -> None:
         assert all((x[used:] == 0).all() for x in row.values())
     assert rows.layout(len(rows)) == []
     assert all((x == 0).all() for x in rows[len(rows)].values())
+
+
+def test_a_forest_makes_the_rows_of_its_trees_and_keeps_few(monkeypatch) -> None:
+    monkeypatch.setattr(packing, "KEPT_GROVES", 2)
+    trees, made = documents(40), []
+
+    def grove(number: int) -> list[Tree]:  # of unequal sizes, one of them empty
+        made.append(number)
+        return trees[number**2 - number : number**2 + number]
+
+    forest = Forest(7, grove)
+    assert made == list(range(7))
+    grown = [grove(number) for number in range(7)]
+    eager = [tree for found in grown for tree in found]
+    assert forest.lengths.tolist() == [tree.length for tree in eager]
+    lazy, whole = (PackedRows(found, 24, 1.5, 0) for found in (forest, eager))
+    assert len(lazy) == len(whole) > 5
+    made.clear()
+    for index in range(len(whole)):
+        assert lazy.layout(index) == whole.layout(index)
+        assert made == []  # lengths are enough
+    for got, expected in zip(lazy.batches(3), whole.batches(3), strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(got[name], expected[name])
+    assert len(made) > 7  # again, since not all were kept
+    assert len(PackedRows(Forest(0, grove), 24, 1, 0)) == 0
 
 
 def test_batches_from_k_on_are_the_tail_of_all_batches() -> None:

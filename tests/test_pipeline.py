@@ -19,9 +19,11 @@ from ml_collections import ConfigDict
 
 from gsm_verifier import compare, pipeline, records, sharding, stages
 from gsm_verifier.data import problems
+from gsm_verifier.data.packing import PackedRows
 from gsm_verifier.records import Completion, Label, Score
 from gsm_verifier.text import answers
 from gsm_verifier.text.tokenizer import Tokenizer
+from gsm_verifier.train.batch import verifier_trees
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GSM8K = Path(os.environ.get("GSM8K_DIR", REPOSITORY.parent / "shared/data/gsm8k"))
@@ -428,6 +430,40 @@ def test_a_lost_sample_shard_is_made_again_bit_for_bit(finished, copy: Path, env
     results = json.loads((copy / "results.json").read_bytes())
     assert results["resumed"] == ["sample"]  # whose seconds aren't all it took
     same_run(copy, finished.folder)
+
+
+@pytest.mark.parametrize("group", [1, 1000])
+def test_trees_are_made_of_all_completions_in_order(
+    group: int, finished, tmp_path: Path, monkeypatch
+) -> None:
+    """The verifier's rows, read a few problems at a time, are those of all trees in memory."""
+    run = stages.Run(config_of(finished.folder), finished.folder)
+    run.config.verify.branches = 3
+    gold, eager = {p.id: p for p in run.problems("train")}, []
+    for problem, rows in records.by_problem(run.folder, "train", Completion, Label):
+        eager += verifier_trees(
+            run.question(gold[problem]),
+            run.solution(gold[problem]),
+            [completion.tokens for completion, _ in rows],
+            [label.correct for _, label in rows],
+            **{key: run.config.verify[key] for key in ("level", "objective", "mix", "branches")},
+            capacity=run.config.verify.row_tokens,
+        )
+    assert len(eager) == 8 * 2
+    monkeypatch.setattr(records, "GROUP", group)
+    for kind in (Completion, Label):
+        for path in records.shards(run.folder / records.FOLDERS[kind] / "train"):
+            copied = tmp_path / path.relative_to(run.folder)
+            records.write(copied, kind, records.read(path, kind))
+    shutil.copytree(run.folder / "problems", tmp_path / "problems")
+    shutil.copy(run.folder / "tokenizer.json", tmp_path)
+    lazy = stages._verifier_trees(stages.Run(run.config, tmp_path), "train")
+    assert len(records.places(tmp_path, "train")) == (8 if group == 1 else 3)
+    got, expected = (PackedRows(trees, 512, 2, 0) for trees in (lazy, eager))
+    assert len(got) == len(expected) > 3
+    for index in range(len(expected)):
+        for name, values in expected[index].items():
+            assert (got[index][name] == values).all()
 
 
 def test_a_damaged_shard_is_named(copy: Path, environment) -> None:

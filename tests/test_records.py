@@ -181,6 +181,43 @@ def test_shards_are_found_in_order_and_a_missing_one_is_named(tmp_path) -> None:
         records.shards(tmp_path)
 
 
+@pytest.mark.parametrize("group", [1, 7, 10, 1000])
+def test_row_groups_are_whole_problems(group: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(records, "GROUP", group)
+    path = tmp_path / "samples/test/00000-of-00001.parquet"
+    records.write(path, Completion, COMPLETIONS)
+    places = records.places(tmp_path, "test")
+    problems = -(-group // 5)  # of five rows
+    assert [rows.stop for _, rows in places[:-1]] == [*range(5 * problems, 100, 5 * problems)]
+    found = [
+        records.read_table(path, Completion, ["tokens", "sample"], rows).to_pylist()
+        for _, rows in places
+    ]
+    assert [row for part in found for row in part] == records.read(
+        path, Completion, ["tokens", "sample"]
+    )
+
+
+@pytest.mark.parametrize("labelled", [10, 1000])
+def test_places_need_no_equal_row_groups(labelled: int, tmp_path, monkeypatch) -> None:
+    """Samples may be older than the labels beside them."""
+    judged = [Label(row.problem, row.sample, None, False, False) for row in COMPLETIONS]
+    name = "00000-of-00001.parquet"
+    monkeypatch.setattr(records, "GROUP", 15)
+    records.write(tmp_path / "samples/test" / name, Completion, COMPLETIONS)
+    monkeypatch.setattr(records, "GROUP", labelled)
+    records.write(tmp_path / "labels/test" / name, Label, judged)
+    columns = {Completion: ["tokens"], Label: ["correct"]}
+    whole = [table.to_pylist() for table in records.tables(tmp_path, "test", columns)]
+    assert len(whole) == 20
+    places = records.places(tmp_path, "test")
+    assert len(places) == 7
+    parts = records.tables(tmp_path, "test", columns, reversed(places))
+    assert [table.to_pylist() for table in parts] == [
+        part for i in range(18, -1, -3) for part in whole[i : i + 3]
+    ]
+
+
 def test_a_killed_write_leaves_the_old_file_and_no_shard(tmp_path) -> None:
     """Killed between writing and renaming: what is left has a name no reader looks for."""
     path = records.shard_path(tmp_path, 0, 1)

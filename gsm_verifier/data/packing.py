@@ -13,7 +13,8 @@ The value after every token of a branch is read where the token is the input, th
 loss where it is the target. Padding is problem 0 with all weights zero.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -30,6 +31,7 @@ FIELDS: dict[str, type] = {
     "label": np.float32,
 }
 OPEN_ROWS = 64  # rows the packer tries before it opens a new one
+KEPT_GROVES = 64  # the last ones used
 
 
 @dataclass(frozen=True, slots=True)  # there is one for every completion
@@ -91,6 +93,31 @@ class Tree:
         return row
 
 
+class Forest(Sequence[Tree]):
+    """Trees in groves. A grove is made when a tree of it is wanted; only lengths are always kept.
+
+    Attributes:
+      lengths: of all trees.
+    """
+
+    def __init__(self, groves: int, make: Callable[[int], list[Tree]]):
+        """
+        Args:
+          groves: how many. make: the trees of a grove, the same at every call.
+        """
+        self._make = functools.lru_cache(KEPT_GROVES)(make)
+        lengths = [np.array([t.length for t in self._make(g)], np.int32) for g in range(groves)]
+        self._ends = np.cumsum([0, *map(len, lengths)])
+        self.lengths = np.concatenate([np.empty(0, np.int32), *lengths])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tree:  # type: ignore[override]
+        grove = int(np.searchsorted(self._ends, index, "right")) - 1
+        return self._make(grove)[index - self._ends[grove]]
+
+
 def split(tree: Tree, capacity: int) -> list[Tree]:
     """The tree as trees of at most `capacity` positions; the first keeps the question's weight.
 
@@ -145,7 +172,9 @@ class PackedRows:
 
     def __init__(self, trees: Sequence[Tree], capacity: int, epochs: float, seed: int):
         self.trees, self.capacity = trees, capacity
-        lengths = [t.length for t in trees]
+        known = trees.lengths if isinstance(trees, Forest) else [t.length for t in trees]
+        self._lengths = np.asarray(known, np.int32)
+        lengths = self._lengths.tolist()
         self._rows: list[list[int]] = []
         whole, part = divmod(epochs, 1)
         for epoch in range(int(whole) + (part > 0)):
@@ -160,7 +189,7 @@ class PackedRows:
     def layout(self, index: int) -> list[tuple[int, int]]:
         """(tree, its first position) of a row's trees; rows past the end are empty."""
         trees = self._rows[index] if index < len(self._rows) else []
-        starts = np.cumsum([0] + [self.trees[t].length for t in trees])
+        starts = np.cumsum([0, *self._lengths[trees]])
         return list(zip(trees, starts.tolist(), strict=False))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
