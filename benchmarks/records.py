@@ -9,7 +9,8 @@ the project's own code on it, every stage in a process of its own:
               one or none
     score     reads them, and writes a value after every token; drawn, where a verifier would read
     label     right or wrong, by the final answer
-    trees     what `verify` holds in memory before its first step, on every host (only if asked for)
+    trees     what `verify` does before its first step on every host, and 100 rows that it would
+              read (only if asked for)
     rank      labels them again, as it does in a run, joins labels and scores, chooses by every rule
     report    the page
 
@@ -37,6 +38,7 @@ from typing import Any
 from benchmarks import contest
 
 NO_ANSWER = 0.03  # share of completions without a final answer
+READ_ROWS = 100  # of the verifier's training data, about three batches
 WRONG = 200  # wrong answers a problem's completions choose from, the first ones most often
 
 
@@ -134,13 +136,15 @@ def score(args: Namespace) -> None:
 
 
 def trees(args: Namespace) -> None:
-    """The verifier's training data, packed."""
+    """The verifier's training data packed, and some rows of it."""
     from gsm_verifier import stages
     from gsm_verifier.data.packing import PackedRows
 
     run = run_of(args)
     options = run.config.verify
-    PackedRows(stages._verifier_trees(run, "train"), options.row_tokens, options.epochs, 0)
+    rows = PackedRows(stages._verifier_trees(run, "train"), options.row_tokens, options.epochs, 0)
+    for index in range(min(READ_ROWS, len(rows))):
+        rows[index]
 
 
 def stage(name: str) -> Callable[[Namespace], None]:

@@ -144,6 +144,12 @@ def named(mesh: Mesh, letters: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(letters))
 
 
+def parts(letter: str) -> int:
+    """Into how many parts the enclosing `jax.set_mesh` cuts a dimension; no mesh: 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[letter])
+
+
 def platform() -> str:
     """What the enclosing `jax.set_mesh` computes on, if only in a plan; no mesh: the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -181,7 +187,7 @@ def local(
     """
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or any(
-        size % math.prod(mesh.shape[axis] for axis in RULES[letter])
+        size % parts(letter)
         for x, names in zip(arrays, letters, strict=True)
         for size, letter in zip(x.shape, names, strict=True)
     )

@@ -1,5 +1,6 @@
 """The plan: counts against counts by hand, every stage on the devices at hand, clear refusals."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -188,6 +189,17 @@ def test_what_devices_share_they_halve(make_mesh: MakeMesh) -> None:
         assert shared.work.sent.total() > 0
 
 
+def sent(mesh: Mesh, steps: int, **changes: Any) -> dict[str, float]:
+    """What a device sends in so many steps of the sampler, of 16 slots."""
+    program = Programs(tiny(**{"sample.prompts": 4} | changes), mesh).sample()[1]
+    return plan.compile_(dataclasses.replace(program, steps=steps), mesh).work.sent
+
+
+def test_sampling_sends_no_vocabulary_of_weights(make_mesh: MakeMesh) -> None:
+    weights = 16 * V * 4 * 3 / 4  # from the three other devices, of every slot
+    assert sent(make_mesh(tensor=4), steps=1)["all-gather"] < weights / 2
+
+
 def test_a_plan_of_the_devices_at_hand() -> None:
     found = list(plan.lines(tiny(**{"mesh.fsdp": 2, "mesh.tensor": 2}), None))
     assert found[0] == "8 x cpu: data=2 fsdp=2 tensor=2"
@@ -296,3 +308,15 @@ def test_a_tpus_compiler_says_the_same() -> None:
     assert 0 < cost.memory < 2**30
     slots = Programs(config, mesh).sample()[1].arguments[1]
     assert slots.caches[0].prompt_k_BKSH.dtype == "bfloat16"  # which a CPU would keep in float32
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu isn't installed")
+def test_a_tpu_gathers_the_table_once_a_chunk() -> None:
+    """A CPU gathers everything before the loop."""
+    mesh = sharding.make_mesh(1, 4, 1, devices=plan.slice_devices("v5e:2x2"))
+    few, more = (sent(mesh, steps, **{"model.dtype": "bfloat16"})["all-gather"] for steps in (5, 6))
+    share = 2 * 3 / 4  # bytes of a number, of which three quarters come from elsewhere
+    layers = share * LAYERS * (4 * WIDTH * HEADS * SIZE + 2 * WIDTH * MLP)
+    table = share * V * WIDTH
+    assert layers <= more - few < layers + table / 2
+    assert few - 5 * (more - few) == pytest.approx(table)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from scipy import stats
 
+from gsm_verifier import sharding
 from gsm_verifier.model import cpu_attention, transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
@@ -431,6 +432,20 @@ def test_inverse_cdf_is_exactly_searchsorted(data: st.DataObject) -> None:
     expected = [
         np.searchsorted(t, u * t[-1], side="right") for t, u in zip(total, uniform_B, strict=True)
     ]
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_inverse_cdf_draws_the_same_from_a_vocabulary_in_parts(tensor: int, make_mesh) -> None:
+    """Parts that are no whole number of the largest blocks; float32 sums the weights exactly."""
+    rng = np.random.default_rng(0)
+    weight_BV = rng.integers(0, 9, (64, 5 * decode.BLOCK)) * (rng.random((64, 320)) < 0.1)
+    uniform_B = jnp.float32(rng.integers(0, 1024, 64) / 1024)
+    expected = decode.inverse_cdf(jnp.float32(weight_BV), uniform_B)
+    mesh = make_mesh(tensor=tensor)
+    with jax.set_mesh(mesh):
+        parts = jax.device_put(np.float32(weight_BV), sharding.named(mesh, "BV"))
+        got = jax.jit(decode.inverse_cdf)(parts, uniform_B)
     np.testing.assert_array_equal(got, expected)
 
 

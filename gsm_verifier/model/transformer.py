@@ -429,6 +429,16 @@ def neutral_head(config: ModelConfig, params: Params, value: float) -> Params:
     }
 
 
+def with_whole_tables(params: Params) -> Params:
+    """The parameters, each row of the vocabulary's tables in one place: for a loop that reads them.
+
+    Where `fsdp` splits the rows, a step would gather them twice, to look tokens up and for logits.
+    """
+    tree = params["params"]
+    tables = {name: tree[name] for name in ("embed_VD", "unembed_VD") if name in tree}
+    return {"params": tree | {name: constrain(x, ("V", None)) for name, x in tables.items()}}
+
+
 def unstack(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The same model with an array of its own for each layer's weights: what decodes fastest."""
     tree = dict(params["params"])

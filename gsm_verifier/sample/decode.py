@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_verifier import sharding
+from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed, kept
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -26,7 +27,7 @@ from gsm_verifier.text import tokenizer as tk
 IDLE, RUNNING, ASKING, FINISHED = range(4)
 
 FORCED = 40  # most tokens the calculator can force at one time
-BLOCK = 64  # of the vocabulary, in the two-level inverse CDF
+BLOCK = 64  # of the vocabulary at most, in the two-level inverse CDF
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,13 @@ def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
     """The index drawn from unnormalised weights [..., V] by one uniform number [...] each.
 
     One number a row where Gumbel noise needs V, and two levels, blocks and then a block's members,
-    so that only sums and a short cumulative sum run over the vocabulary. V is a multiple of BLOCK.
+    so that only sums and a short cumulative sum run over the vocabulary. A block lies within one
+    device's part of V: otherwise all weights would be sent to all devices.
     """
-    blocks = weight_V.reshape(*weight_V.shape[:-1], -1, BLOCK)
+    V = weight_V.shape[-1]
+    part = V // sharding.parts("V")
+    size = max(n for n in range(1, BLOCK + 1) if part % n == 0)
+    blocks = weight_V.reshape(*weight_V.shape[:-1], V // size, size)
 
     def pick(weight: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         total = jnp.cumsum(weight, -1)
@@ -260,7 +265,7 @@ def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
     mass = blocks.sum(-1)
     block, rest = pick(mass, uniform * mass.sum(-1))
     member, _ = pick(jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :], rest)
-    return block * BLOCK + member
+    return block * size + member
 
 
 def draw(
@@ -337,6 +342,7 @@ def advance(
 ) -> tuple[Slots, Trace]:
     """Obey, then step until enough slots wait for the host or the chunk is full."""
     slots = obey(slots, orders)
+    params = transformer.with_whole_tables(params)  # once, not at every step
     shape = (sampling.chunk, *slots.status_PC.shape)
     log = {
         "active": jnp.zeros(shape, bool),
