@@ -327,9 +327,10 @@ struct Whole {
   // What any of the queries sees, in whole vectors; and the columns they take.
   Size Runs(Size b, Size t, Size count, std::vector<Run>& runs, std::vector<char>& seen) const {
     std::fill(seen.begin(), seen.end(), 0);
+    char* const __restrict any = seen.data();  // or it might be T, which is a member
     for (Size i = 0; i < count; ++i) {
       const bool* const visible = visible_BTS + (b * T + t + i) * T;
-      for (Size s = 0; s < T; ++s) seen[s] |= visible[s];
+      for (Size s = 0; s < T; ++s) any[s] |= visible[s];
     }
     runs.clear();
     Size columns = 0;
