@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gsm_verifier import processes, provenance, records
-from gsm_verifier.config import validate
+from gsm_verifier.config import default, leaves, validate
 from gsm_verifier.stages import STAGES, Run, keys_read
 
 METHODS = {
@@ -122,6 +122,8 @@ def _refuse_change(config: ConfigDict, folder: Path, stage: str) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: delete it to run its stage again") from error
         wanted = json.loads(json.dumps(keys_read(stage, config)))
+        # A key that didn't exist yet had the effect of its default.
+        made = {k: v for k, v in leaves(default()).items() if k in wanted} | made
         changed = [k for k in {**made, **wanted} if made.get(k) != wanted.get(k)]
         if changed:
             differences = "; ".join(

@@ -92,7 +92,7 @@ class Run:
         return model_config.read(self.folder / "model.json")
 
     def wanted_model(self, tokens: int, platform: str) -> ModelConfig:
-        """The model its config asks for on a platform, from scratch of so many tokens."""
+        """The model its config asks for on a platform; one from scratch has so many tokens."""
         keys = ConfigDict(self.config.model)
         if keys.dtype == "auto":
             keys.dtype = sharding.fast_dtype(platform)

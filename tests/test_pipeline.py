@@ -331,6 +331,17 @@ def test_what_must_fail_later_fails_at_once_and_can_be_mended(
     assert (tmp_path / "prepare.done").exists()
 
 
+def test_a_folder_from_before_a_key_goes_on_with_its_default(tmp_path: Path) -> None:
+    pipeline.run_stages(tiny(), tmp_path, ["prepare"])
+    marker = tmp_path / "prepare.done"
+    told = json.loads(marker.read_bytes())
+    del told["keys"]["model.attention"]
+    marker.write_text(json.dumps(told))
+    pipeline.run_stages(tiny(), tmp_path, ["prepare"])
+    with pytest.raises(ValueError, match=r"model\.attention was 'auto' and is now 'jax'"):
+        pipeline.run_stages(tiny(model__attention="jax"), tmp_path, ["prepare"])
+
+
 def test_what_is_left_to_the_devices_is_decided_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

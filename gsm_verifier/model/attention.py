@@ -172,8 +172,8 @@ def kept(config: ModelConfig, mesh: jax.sharding.Mesh) -> str:
     The kernel converts what it reads.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    kernel = by_kernel(config.attention, config.attention_cap)
-    return "float32" if on_cpu and not kernel else config.dtype
+    in_jax = on_cpu and not by_kernel(config.attention, config.attention_cap)
+    return "float32" if in_jax else config.dtype
 
 
 class BranchCache(NamedTuple):
@@ -214,10 +214,10 @@ class Branches:
         look: Look,
     ) -> tuple[jax.Array, BranchCache]:
         """Attention that reads only what a slot sees, of each device's slots and heads."""
-        q = q_BTKGH * (look.scale or q_BTKGH.shape[-1] ** -0.5)
         window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
-        step = [x.astype(jnp.float32) for x in (q, k_BTKH, v_BTKH)]
-        arrays = (*step, *cache, self.prompt_length_B, self.age_BT, window)
+        q, k, v = (x.astype(jnp.float32) for x in (q_BTKGH, k_BTKH, v_BTKH))
+        q *= look.scale or q.shape[-1] ** -0.5
+        arrays = (q, k, v, *cache, self.prompt_length_B, self.age_BT, window)
         out, own_k, own_v = cpu_attention.decode_attention(*arrays)
         cache = cache._replace(own_k_BTKSH=own_k, own_v_BTKSH=own_v)
         return out.astype(q_BTKGH.dtype), cache

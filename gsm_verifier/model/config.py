@@ -140,7 +140,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def from_keys(model: Any, text_size: int) -> ModelConfig:
     """The ModelConfig of a `config.model` (see `gsm_verifier.config`) and a tokenizer's size.
 
-    Keys left at None take the family's word.
+    Keys left at None take the family's word. Its dtype is decided, not "auto".
 
     Raises:
       ValueError: unknown family, or sizes that don't fit together.

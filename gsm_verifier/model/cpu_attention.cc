@@ -47,7 +47,7 @@ void Store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
 
 Size Padded(Size size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
-// Caches are of float or, as the model computes, of bfloat16: the upper half of a float's bits.
+// Queries, keys and values are of float or of bfloat16: the upper half of a float's bits.
 using Bfloat16 = uint16_t;
 typedef Bfloat16 Narrow
     __attribute__((vector_size(kLanes * sizeof(Bfloat16)), aligned(2), may_alias));
@@ -68,7 +68,7 @@ void Put(float* to, float x) { *to = x; }
 void Put(Bfloat16* to, float x) {  // rounded to the nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // or a NaN might become 0
 }
 
 template <typename E>
@@ -160,9 +160,10 @@ void Dots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size columns, Size inner
   if (rows == 1) RowDots<1>(x, m, y, columns, inner);
 }
 
-// e to the x, for x <= 0, within two units in the last place: Cephes' polynomial.
+// e to the x, for x <= 0, within two units in the last place: Cephes' polynomial. Below -87, where
+// there are no more floats of full precision, it is what it is there; NaN stays NaN.
 Vector Exp(Vector x) {
-  x = x > -87.0f ? x : Vector{} - 87.0f;
+  x = x < -87.0f ? Vector{} - 87.0f : x;
   const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   const Vector shifted = x * 1.44269504f + shift;
   const Vector n = shifted - shift;
@@ -366,6 +367,7 @@ struct Whole {
     const Matrix v_TH = Read(v_BTKH, b, k, k_TH.row(T));
     const Matrix k_HT = Turn(k_TH, v_TH.row(T));
     const Matrix q{k_HT.row(H), H}, y{q.row(rows), H};
+    std::vector<float> totals(rows);
     std::vector<Run> runs;
     std::vector<char> seen(padded);
     for (Size t = 0; t < T; t += kQueries) {
@@ -374,11 +376,17 @@ struct Whole {
       ReadQueries(q_BTKGH, b, k, t, count, scale, q);
       Logits(b, t, count, runs, q, k_HT, logits);
       std::fill_n(y.data, count * G * H, 0.0f);
-      std::vector<float> totals(count * G, 1.0f);  // of who sees nothing, whose result is 0
-      for (Size row = 0; columns && row < count * G; ++row) {
+      for (Size row = 0; row < count * G; ++row) {
         const float top = Top(logits.row(row), columns, kHidden);
-        totals[row] = Weigh(logits.row(row), columns, top);
-        log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = top + std::log(totals[row]);
+        float total = Weigh(logits.row(row), columns, top);
+        float log_total = top + std::log(total);
+        if (top == kHidden && total == total) {  // it sees nothing, and gets 0
+          std::fill_n(logits.row(row), columns, 0.0f);
+          total = 1;
+          log_total = 0;
+        }
+        totals[row] = total;
+        log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = log_total;
       }
       for (const auto& [from, size, column] : runs)
         Multiply(Matrix{logits.data + column, columns}, Matrix{v_TH.row(from), H}, y, count * G,
@@ -411,7 +419,7 @@ struct Whole {
       for (const auto& [from, size, column] : runs)
         Multiply(d_out, Matrix{v_HT.data + from, v_HT.stride}, Matrix{d_logits.data + column, columns},
                  count * G, H, Padded(size), false);
-      for (Size row = 0; columns && row < count * G; ++row) {
+      for (Size row = 0; row < count * G; ++row) {
         Weigh(weights.row(row), columns, log_total_BTKG[Place(b, t + row / G, k) * G + row % G]);
         float mean = 0;  // of the weights' gradients, by the weights
         for (Size h = 0; h < H; ++h) mean += out.at(row, h) * d_out.at(row, h);

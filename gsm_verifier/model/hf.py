@@ -398,7 +398,7 @@ def _kind(model: ModelConfig) -> str:
             said = dataclasses.asdict(_parse(_settings(kind, model)))
         except ValueError:
             continue
-        said |= {word: own[word] for word in ("dtype", "scan_layers", "remat")}
+        said |= {word: own[word] for word in ("dtype", "attention", "scan_layers", "remat")}
         differences[kind] = [f"{k}={own[k]!r}" for k in own if own[k] != said[k]]
     best = min(differences, key=lambda kind: len(differences[kind]), default="gpt2")
     if differences.get(best, True):

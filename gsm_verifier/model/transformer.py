@@ -277,9 +277,9 @@ def _capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
 
 def logits(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
     """`Transformer.logits` by its `table` alone."""
-    logits = _product("...D,VD->...V", hidden, table_VD)
+    found = _product("...D,VD->...V", hidden, table_VD)
     is_text_V = jnp.arange(config.vocab_size) < config.text_size
-    return jnp.where(is_text_V, _capped(config, logits), HIDDEN)
+    return jnp.where(is_text_V, _capped(config, found), HIDDEN)
 
 
 class Transformer(nn.Module):

@@ -36,11 +36,11 @@ def squashed(raw: jax.Array, squash: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(loss: Callable[..., jax.Array], table_VD: jax.Array, pieces: Any) -> jax.Array:
-    """The sum of loss(table, *piece) over the pieces' first axis.
+    """The sum of loss(table, *piece) over the first axis of the arrays in `pieces`.
 
-    Its gradient by the table and by the first array of a piece is computed with it: the logits,
-    which are a piece's at a time, would otherwise have to be computed again in the backward pass,
-    a quarter of the products with the table.
+    Its gradient by the table and by the first array is computed with it: the logits, which are a
+    piece's at a time, would otherwise have to be computed again in the backward pass, a quarter of
+    the products with the table. By the other arrays it has none.
     """
 
     def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
@@ -60,7 +60,7 @@ def _total_forward(loss: Any, table_VD: jax.Array, pieces: Any) -> tuple[jax.Arr
 
 
 def _total_backward(loss: Any, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    d_table_VD, d_hidden = (g.astype(x.dtype) * x for x in kept)
+    d_table_VD, d_hidden = ((g * x).astype(x.dtype) for x in kept)
     return d_table_VD, (d_hidden, None, None)
 
 
@@ -70,7 +70,7 @@ _total.defvjp(_total_forward, _total_backward)
 def cross_entropy_sum(
     config: ModelConfig, params: Params, hidden_BTD: jax.Array, batch: Batch, chunk: int
 ) -> jax.Array:
-    """Weighted cross-entropy summed over the batch, of so many positions of each row at a time."""
+    """Weighted cross-entropy summed over the batch, of `chunk` positions of each row at a time."""
     T = hidden_BTD.shape[1]
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
