@@ -104,6 +104,8 @@ SCHEMAS: dict[type, pa.Schema] = {
 
 Record = TypeVar("Record", Completion, Label, Score)
 
+# Columns whose entries repeat. A dictionary of ever new numbers would be as long as the column.
+REPEATED = ["problem", "text", "tokens.list.element", "answer"]
 GROUP = 500  # rows of a row group at least: with few, its headers weigh on the file
 
 
@@ -133,9 +135,8 @@ def write_columns(path: Path, kind: type[Any], columns: Mapping[str, Any]) -> No
 
 def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink, table.schema, compression="zstd", write_page_checksum=True
-    ) as writer:
+    how = dict(compression="zstd", write_page_checksum=True, use_dictionary=REPEATED)
+    with pq.ParquetWriter(sink, table.schema, **how) as writer:
         start = end = 0
         for part in problem_tables(table):
             end += part.num_rows

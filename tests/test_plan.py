@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from gsm_verifier import config as config_module
 from gsm_verifier import hlo, plan, sharding
+from gsm_verifier.model import cpu_attention
 from gsm_verifier.plan import Programs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -152,15 +153,17 @@ def attention(tokens: int) -> int:
     return 2 * 2 * tokens * LAYERS * HEADS * SIZE * T
 
 
-def test_every_program_does_what_was_counted_by_hand(mesh: Mesh) -> None:
-    programs = Programs(tiny(), mesh)
+@pytest.mark.parametrize("word", ["auto", "jax"])
+def test_every_program_does_what_was_counted_by_hand(word: str, mesh: Mesh) -> None:
+    by_kernel = word == "auto" and cpu_attention.available()
+    programs = Programs(tiny(**{"model.attention": word}), mesh)
     score = plan.compile_(programs.score(), mesh)
     assert score.work.flops == pytest.approx(dense(B * T) + attention(B * T), rel=0.01)
 
     step = plan.compile_(programs.train("finetune"), mesh)
     tokens, logits = 2 * B * T, 2 * 2 * B * T * WIDTH * V  # of 2 microbatches
-    # Attention is computed anew in the backward pass; so would logits be, of more than one chunk.
-    by_hand = 3 * dense(tokens) + 3 * logits + 4 * attention(tokens)
+    # Attention is computed anew in the backward pass, by the kernel but for its second product.
+    by_hand = 3 * dense(tokens) + 3 * logits + (3.5 if by_kernel else 4) * attention(tokens)
     assert step.work.flops == pytest.approx(by_hand, rel=0.001)
     parameters = 4 * (programs.score().useful / (2 * B * T) + WIDTH * (V + 1024))
     assert 3 * parameters < step.memory < 12 * parameters  # Adam's moments, gradients, activations
@@ -172,7 +175,8 @@ def test_every_program_does_what_was_counted_by_hand(mesh: Mesh) -> None:
     assert decoded.work.flops == pytest.approx(5 * (dense(slots) + head + kv), rel=0.01)
     # Of the last layer only keys and values are wanted; blocks of 32 queries see 1..7 blocks.
     kv_only = 2 * S * 2 * 2 * WIDTH * HEADS * SIZE
-    causal = 2 * 2 * HEADS * SIZE * 2 * 32 * 32 * sum(range(1, 8))
+    blocks = sum(range(1, 8)) if not by_kernel else 7 * 7  # the most that it computes
+    causal = 2 * 2 * HEADS * SIZE * 2 * 32 * 32 * blocks
     by_hand = (LAYERS - 1) * (dense(2 * S) // LAYERS + causal) + kv_only
     assert prefill.work.flops == pytest.approx(by_hand, rel=0.001)
 

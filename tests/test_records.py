@@ -198,6 +198,13 @@ def test_row_groups_are_whole_problems(group: int, tmp_path, monkeypatch) -> Non
     )
 
 
+def test_ever_new_numbers_are_kept_in_their_own_size(tmp_path) -> None:
+    values = np.random.default_rng(0).random((2000, 24), np.float32)
+    rows = [Score(f"p{i // 500}", i % 500, v.tolist(), float(v[-1])) for i, v in enumerate(values)]
+    records.write(tmp_path / "x", Score, rows)
+    assert (tmp_path / "x").stat().st_size < 1.1 * 2000 * (24 * 4 + 8)
+
+
 @pytest.mark.parametrize("labelled", [10, 1000])
 def test_places_need_no_equal_row_groups(labelled: int, tmp_path, monkeypatch) -> None:
     """Samples may be older than the labels beside them."""
