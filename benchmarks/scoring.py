@@ -87,7 +87,12 @@ def difference(result: Result, other: Result) -> float:
 def main() -> None:
     """The command."""
     parser = contest.arguments(__doc__, questions=1)
-    parser.add_argument("--row-tokens", type=int, default=3328, help="of a packed row in ours")
+    parser.add_argument(
+        "--row-tokens",
+        type=int,
+        default=3328,
+        help="of a packed row in ours: 25 completions",
+    )
     parser.add_argument("--batch-rows", type=int, default=2, help="that ours computes at one time")
     parser.add_argument("--chunk", type=int, default=25, help="completions at one time in peers")
     args = parser.parse_args()
