@@ -167,7 +167,7 @@ class Programs:
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        self._model = model_of(config, mesh.devices.flat[0].platform)
+        self._model = model_of(config, sharding.platform(mesh))
 
     def _rows(self, wanted: int) -> int:
         """`wanted` rows, or as many as make them equally many for every device."""

@@ -196,8 +196,8 @@ def prepare(run: Run) -> None:
         problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
     tokenizer = _tokenizer(run, splits["train"])
     tokenizer.save(run.folder / "tokenizer.json")
-    platform = run.mesh.devices.flat[0].platform
-    model_config.write(run.folder / "model.json", run.wanted_model(tokenizer.size, platform))
+    model = run.wanted_model(tokenizer.size, sharding.platform(run.mesh))
+    model_config.write(run.folder / "model.json", model)
     _refuse_what_fails_later(run, splits)
 
 
@@ -626,7 +626,7 @@ def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]
                     "score": [aggregate(value, how) for value in values],
                 }
                 _write_beside(run, scores / path.name, Score, shard, scored)
-                bar.set_postfix_str("", refresh=False)
+                bar.set_postfix_str("", refresh=False)  # no longer compiling
                 bar.update()
 
 

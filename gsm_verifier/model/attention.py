@@ -89,9 +89,9 @@ def attend(
     return (out_BTKGH / total_BKTG.swapaxes(1, 2)[..., None]).astype(q_BTKGH.dtype)
 
 
-def by_kernel(attention: str, cap: float) -> bool:
-    """Does the C++ kernel compute this? It has no soft cap."""
-    on_cpu = sharding.platform() == "cpu"
+def by_kernel(attention: str, cap: float, mesh: jax.sharding.Mesh | None = None) -> bool:
+    """Does the C++ kernel compute this, on a mesh or the enclosing one? It has no soft cap."""
+    on_cpu = sharding.platform(mesh) == "cpu"
     return attention == "auto" and on_cpu and not cap and cpu_attention.available()
 
 
@@ -171,9 +171,8 @@ def kept(config: ModelConfig, mesh: jax.sharding.Mesh) -> str:
     converted for every token, which takes twice the time of the products; the numbers are the same.
     The kernel converts what it reads.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    in_jax = on_cpu and not by_kernel(config.attention, config.attention_cap)
-    return "float32" if in_jax else config.dtype
+    kernel = by_kernel(config.attention, config.attention_cap, mesh)
+    return "float32" if sharding.platform(mesh) == "cpu" and not kernel else config.dtype
 
 
 class BranchCache(NamedTuple):

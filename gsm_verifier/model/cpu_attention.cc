@@ -204,6 +204,13 @@ void Hide(float* row, Size from, Size to) {
   if (from < to) std::fill(row + from, row + to, kHidden);
 }
 
+// The transpose of the first rows of x.
+template <typename E>
+void Transpose(MatrixOf<E> x, Size rows, Size columns, Matrix to) {
+  for (Size i = 0; i < rows; ++i)
+    for (Size j = 0; j < columns; ++j) to.at(j, i) = Load<float>(x.row(i) + j);
+}
+
 template <typename E>
 struct Decode {
   Size B, T, K, G, H, S, W;
@@ -225,8 +232,7 @@ struct Decode {
 
     for (Size t = 0; t < T; ++t)
       std::copy_n(q_BTKGH + ((b * T + t) * K + k) * G * H, G * H, q.row(t * G));
-    for (Size s = 0; s < length; ++s)
-      for (Size h = 0; h < H; ++h) k_HS.row(h)[s] = Load<float>(prompt_k.row(s) + h);
+    Transpose(prompt_k, length, H, k_HS);
     Multiply(q, k_HS, logits, rows, H, prompt, false);
 
     for (Size t = 0; t < T; ++t) {
@@ -315,8 +321,7 @@ struct Whole {
   // [H, T] of [T, H].
   Matrix Turn(Matrix x_TH, float* to) const {
     const Matrix x_HT{to, Stride()};
-    for (Size t = 0; t < T; ++t)
-      for (Size h = 0; h < H; ++h) x_HT.at(h, t) = x_TH.at(t, h);
+    Transpose(x_TH, T, H, x_HT);
     return x_HT;
   }
 
