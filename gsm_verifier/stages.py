@@ -39,8 +39,8 @@ from gsm_verifier.data import documents, synthetic
 from gsm_verifier.data import problems as problems_io
 from gsm_verifier.data.imported import Imported
 from gsm_verifier.data.packing import Forest, Tree
+from gsm_verifier.model import attention, hf, transformer
 from gsm_verifier.model import config as model_config
-from gsm_verifier.model import hf, transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params
 from gsm_verifier.records import Completion, Label, Problem, Record, Score
@@ -100,6 +100,16 @@ class Run:
             return model_config.from_keys(keys, tokens)
         words = {key: keys[key] for key in ("dtype", "attention", "remat")}
         return hf.read_config(self.start).with_(**words)
+
+    def computed(self) -> str:
+        """What its stages compute on and how: it decides their speed and the last digits."""
+        by_kernel = attention.by_kernel(self.model.attention, self.model.attention_cap, self.mesh)
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
+        return (
+            f"{self.mesh.size} {sharding.platform(self.mesh)} devices"
+            f"{f' ({axes})' if axes else ''} of {jax.process_count()} processes, "
+            f"{self.model.dtype}, attention in {'C++' if by_kernel else 'JAX'}"
+        )
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of a split; there may be no held-out ones."""
@@ -175,6 +185,11 @@ def synthetic_sizes(data: ConfigDict) -> dict[str, int]:
     return {"train": train, "heldout": heldout, "test": data.test_size or SYNTHETIC_SIZES["test"]}
 
 
+def _chosen(problems: list[Problem], key: str, data: ConfigDict) -> list[Problem]:
+    with _asked_by(f"data.{key}"):
+        return problems_io.subset(problems, data[key] or len(problems), data.seed)
+
+
 def prepare(run: Run) -> None:
     """Problems of the three splits, the tokenizer, and the model's sizes (section 2)."""
     data = run.config.data
@@ -188,9 +203,9 @@ def prepare(run: Run) -> None:
             train, test = (problems_io.load(data.path or "gsm8k", s) for s in ("train", "test"))
         train, heldout = problems_io.held_out(train, data.heldout_fraction)
         splits = {
-            "train": problems_io.subset(train, data.train_size or len(train), data.seed),
+            "train": _chosen(train, "train_size", data),
             "heldout": heldout,
-            "test": problems_io.subset(test, data.test_size or len(test), data.seed),
+            "test": _chosen(test, "test_size", data),
         }
     for split, found in splits.items():
         problems_io.save(found, run.folder / "problems" / f"{split}.jsonl")
@@ -701,6 +716,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         # Seconds of the last attempt at each stage; of these stages some work had been done before.
         "timing": {stage: marker["seconds"] for stage, marker in markers.items()},
         "resumed": [stage for stage, marker in markers.items() if marker.get("resumed")],
+        "computed": {stage: m["computed"] for stage, m in markers.items() if m.get("computed")},
     }
 
 

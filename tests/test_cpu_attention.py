@@ -157,7 +157,8 @@ def test_rows_forwards_and_backwards_are_those_in_jax(
     for a, b in zip(wide, results_and_gradients(by_rows, arrays, "float32"), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     for a, b in zip(wide, results_and_gradients(whole, arrays, "bfloat16"), strict=True):
-        np.testing.assert_allclose(a, b, atol=0.02 * np.abs(a).max())
+        # At least 2e-5 as above: a token alone has gradients of 0 to q and k, and only noise there.
+        np.testing.assert_allclose(a, b, atol=max(0.02 * np.abs(a).max(), 2e-5))
 
 
 @needs_compiler

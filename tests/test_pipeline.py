@@ -88,7 +88,9 @@ def results_of(folder: Path) -> dict[str, Any]:
     """The results without what differs between two runs of the same."""
     results = json.loads((folder / "results.json").read_bytes())
     return {
-        k: v for k, v in results.items() if k not in ("timing", "resumed", "commit", "versions")
+        k: v
+        for k, v in results.items()
+        if k not in ("timing", "resumed", "computed", "commit", "versions")
     }
 
 
@@ -150,6 +152,8 @@ def test_results_follow_their_schema(finished) -> None:
     assert set(results["timing"]) >= set(earlier)
     assert all(seconds >= 0 for seconds in results["timing"].values())
     assert results["resumed"] == []
+    assert set(results["computed"]) == set(earlier) - {"prepare"}
+    assert all("cpu" in told and "float32" in told for told in results["computed"].values())
 
 
 def test_records_are_aligned_and_complete(finished) -> None:
@@ -356,6 +360,17 @@ def test_what_is_left_to_the_devices_is_decided_once(
 def test_a_folder_without_problems_is_told_with_its_key(tmp_path: Path) -> None:
     config = tiny(data__source="gsm8k", data__path=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"^config\.data\.path: .*nowhere does not exist"):
+        pipeline.run_stages(config, tmp_path / "run", ["prepare"])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_more_problems_than_there_are_is_told_with_its_key(split: str, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"data__train_size": 3, "data__test_size": 3, f"data__{split}_size": 30}
+    config = tiny(data__source="gsm8k", data__path=str(tmp_path), **sizes)
+    with pytest.raises(ValueError, match=rf"^config\.data\.{split}_size: .*size is 30"):
         pipeline.run_stages(config, tmp_path / "run", ["prepare"])
 
 
