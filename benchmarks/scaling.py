@@ -43,7 +43,7 @@ def compiled(path: str, count: int, fsdp: int) -> dict[str, Any]:
         ("score", programs.score()),
     ):
         began = time.perf_counter()
-        cost = plan.compile_(program, mesh)
+        cost = plan.compile_(program)
         assert cost.work is not None  # forced devices have no limit
         found[name] = {
             "compile_s": round(time.perf_counter() - began, 1),

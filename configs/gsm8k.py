@@ -96,7 +96,7 @@ PRESETS = {
 
 def real(config: ConfigDict, preset: Preset) -> None:
     config.model.update(pretrained=preset.start, dtype="auto", remat=True)
-    config.mesh.fsdp = preset.chips
+    config.mesh.update(fsdp=preset.chips, sampling="tensor")
     # A row holds any question with a completion of 400 tokens; 32 rows are the paper's batch.
     for stage in TRAINED:
         config[stage].update(row_tokens=1024, microbatch_rows=max(8, preset.chips))

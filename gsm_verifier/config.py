@@ -17,6 +17,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "verify.level": ("token", "solution"),
     "verify.objective": ("joint", "verifier_only"),
     "verify.mix": ("weighted", "paper"),
+    "mesh.sampling": ("same", "tensor"),
     "verify.init": ("generator", "pretrained"),
     "verify.loss": ("mse", "bce"),
     "verify.squash": ("none", "sigmoid"),
@@ -127,6 +128,9 @@ def default() -> ConfigDict:
             data=-1,  # devices with the same parameters; -1: all that are left
             fsdp=1,  # devices that share the parameters' width
             tensor=1,  # devices that share heads, feed-forward and vocabulary
+            # Where to sample: "same" | "tensor", which fsdp's devices then are on as far as heads
+            # go; else every step gathers all weights.
+            sampling="same",
             cpu_devices=1,  # without an accelerator: devices the CPU is split into
         )
     )

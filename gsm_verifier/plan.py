@@ -7,14 +7,14 @@ the stages call, for a slice nobody needs to own: whether they fit is its word. 
 move and send is read off its result (`gsm_verifier.hlo`). Times are best cases: the slowest of
 computing, reading memory and sending to other chips, each at the chip's full rate, all at once and
 with every slot and row in use. `--topology=v5p`, without a shape, looks for the smallest slice and
-the mesh on which all programs fit.
+the meshes on which all programs fit.
 """
 
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gsm_verifier import checkpoint, hlo, score, sharding
-from gsm_verifier.config import validate
+from gsm_verifier.config import WORDS, validate
 from gsm_verifier.data.packing import FIELDS
 from gsm_verifier.model import transformer
 from gsm_verifier.model.config import ModelConfig
@@ -69,6 +69,9 @@ CHIPS = {  # Cloud TPU's documentation
 }
 
 
+PREFILL, DECODE = ("prefill",), ("decode",)  # keys of the programs that sample
+
+
 @dataclass(frozen=True)
 class Program:
     """A jitted function of a stage and the shapes it is called with.
@@ -77,7 +80,7 @@ class Program:
       serves: how many tokens, or prompts of a prefill, one run works on.
       key: programs of one key are compiled once.
       useful: FLOPs of the model in one run: 2 a parameter and token, 6 with the backward pass.
-      steps: of a loop that only its data end.
+      mesh: of the devices it is compiled for. steps: of a loop that only its data end.
     """
 
     what: str
@@ -86,6 +89,7 @@ class Program:
     jitted: Any
     arguments: tuple[Any, ...]
     useful: float
+    mesh: Mesh
     steps: int = 1
 
 
@@ -144,9 +148,9 @@ NO_ROOM = re.compile(
 )
 
 
-def compile_(program: Program, mesh: Mesh) -> Cost:
-    """Compile a program for the devices of a mesh."""
-    with jax.set_mesh(mesh):
+def compile_(program: Program) -> Cost:
+    """Compile a program for the devices of its mesh."""
+    with jax.set_mesh(program.mesh):
         lowered = program.jitted.lower(*program.arguments)
         try:
             compiled = lowered.compile()
@@ -162,32 +166,37 @@ def compile_(program: Program, mesh: Mesh) -> Cost:
     return Cost(memory, hlo.work(compiled.as_text(), program.steps))
 
 
+def _rows(mesh: Mesh, wanted: int) -> int:
+    """`wanted` rows, or as many as make them equally many for every device."""
+    devices = sharding.row_devices(mesh)
+    return math.ceil(wanted / devices) * devices
+
+
+def _array(mesh: Mesh, letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
+
+
+def _parameters(mesh: Mesh, model: ModelConfig, cast: bool = False) -> Any:
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = model.dtype if cast and len(x.shape) > 1 else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype)
+
+    shapes = jax.tree.map(one, transformer.shapes(model))
+    return checkpoint.abstract(shapes, transformer.shardings(model, mesh))
+
+
+def _batch(mesh: Mesh, A: int, B: int, T: int) -> Batch:
+    fields = {name: _array(mesh, "ABT", dtype, A, B, T) for name, dtype in FIELDS.items()}
+    return Batch.of(fields)  # type: ignore[arg-type]
+
+
 class Programs:
-    """The programs of a config's stages on a mesh."""
+    """The programs of a config's stages on a mesh, and where it samples on another, there."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._mesh = config, mesh
         self._model = model_of(config, sharding.platform(mesh))
-
-    def _rows(self, wanted: int) -> int:
-        """`wanted` rows, or as many as make them equally many for every device."""
-        devices = sharding.row_devices(self._mesh)
-        return math.ceil(wanted / devices) * devices
-
-    def _array(self, letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(self._mesh, letters))
-
-    def _parameters(self, model: ModelConfig, cast: bool = False) -> Any:
-        def one(x: Any) -> jax.ShapeDtypeStruct:
-            dtype = model.dtype if cast and len(x.shape) > 1 else x.dtype
-            return jax.ShapeDtypeStruct(x.shape, dtype)
-
-        shapes = jax.tree.map(one, transformer.shapes(model))
-        return checkpoint.abstract(shapes, transformer.shardings(model, self._mesh))
-
-    def _batch(self, A: int, B: int, T: int) -> Batch:
-        fields = {name: self._array("ABT", dtype, A, B, T) for name, dtype in FIELDS.items()}
-        return Batch.of(fields)  # type: ignore[arg-type]
+        self.sampling_mesh = engine.mesh_of(self._model, mesh, config.mesh.sampling)
 
     def train(self, stage: str) -> Program:
         """The optimiser step of a training stage."""
@@ -203,60 +212,64 @@ class Programs:
             serves=tokens,
             key=("train", A, B, T, options.dropout > 0, options.clip_norm > 0),
             jitted=loop.jit_step(net, Objective(), tx, self._config.seed, where),
-            arguments=(checkpoint.abstract(shapes, where), self._batch(A, B, T)),
+            arguments=(checkpoint.abstract(shapes, where), _batch(self._mesh, A, B, T)),
             useful=6 * tokens * (model.parameters + model.vocab_size * model.width),
+            mesh=self._mesh,
         )
 
     def sample(self) -> tuple[Program, Program]:
         """A prefill of some prompts, and a chunk of steps of all slots."""
-        options, mesh = self._config.sample, self._mesh
+        options, mesh = self._config.sample, self.sampling_mesh
         model = self._model.with_(scan_layers=False)
         C = min(options.slots, options.completions)  # as `stages._engine` has it
-        P = self._rows(options.prompts * options.slots // C)
+        P = _rows(mesh, options.prompts * options.slots // C)
         S = math.ceil(LONGEST / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
         B = engine.prefill_rows(P, mesh)
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
         prefill, advance = engine.programs(model, mesh, sampling)
-        params = self._parameters(model, cast=True)
+        params = _parameters(mesh, model, cast=True)
         slots = decode.slot_shapes(model, mesh, P, C, S, options.max_tokens)
         orders = jax.tree.map(
-            lambda x: self._array("PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
+            lambda x: _array(mesh, "PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
             decode.no_orders(P, C),
         )
         prompts = (("BT", B, S), ("B", B), ("B", B))
-        prompts = tuple(self._array(letters, np.int32, *shape) for letters, *shape in prompts)
-        grammar = self._array("", np.int32, model.vocab_size, engine.GRAMMAR)
+        prompts = tuple(_array(mesh, letters, np.int32, *shape) for letters, *shape in prompts)
+        grammar = _array(mesh, "", np.int32, model.vocab_size, engine.GRAMMAR)
         per_token = 2 * (model.parameters + model.vocab_size * model.width)
         return (
             Program(
                 what=f"prefill of {B} prompts",
                 serves=B,
-                key=("prefill",),
+                key=PREFILL,
                 jitted=prefill,
                 arguments=(params, slots, *prompts),
                 useful=2 * B * S * model.parameters,
+                mesh=mesh,
             ),
             Program(
                 what=f"{sampling.chunk} steps of {P * C} slots",
                 serves=P * C * sampling.chunk,
-                key=("decode",),
+                key=DECODE,
                 jitted=advance,
                 arguments=(params, slots, orders, grammar),
                 useful=P * C * sampling.chunk * per_token,
+                mesh=mesh,
                 steps=sampling.chunk,
             ),
         )
 
     def score(self) -> Program:
         """The values of a batch."""
-        B, T = self._rows(self._config.score.rows), self._config.score.row_tokens
+        B, T = _rows(self._mesh, self._config.score.rows), self._config.score.row_tokens
         return Program(
             what=f"values of {B} rows",
             serves=B * T,
             key=("score",),
             jitted=score.program(self._model, self._mesh, self._config.verify.squash),
-            arguments=(self._parameters(self._model), self._batch(1, B, T)),
+            arguments=(_parameters(self._mesh, self._model), _batch(self._mesh, 1, B, T)),
             useful=2 * B * T * self._model.parameters,
+            mesh=self._mesh,
         )
 
     def work(self) -> list[tuple[str, Program, float]]:
@@ -339,10 +352,11 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
       ValueError: a nonsensical config, topology or mesh, or no slice that fits.
     """
     validate(config)
+    config = ConfigDict(config)  # a search sets its mesh
     if topology and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # this machine needn't have what is planned
     if topology in CHIPS:
-        topology, mesh, costs = _smallest(config, topology)
+        topology, mesh, config.mesh.sampling, costs = _smallest(config, topology)
     else:
         devices = slice_devices(topology) if topology else jax.devices()
         sizes = [config.mesh[axis] for axis in sharding.AXES]
@@ -350,13 +364,16 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
     kind = mesh.devices.flat[0].device_kind
     chip = next((chip for chip in CHIPS.values() if chip.kind == kind), None)
     place = f"{topology}, {mesh.size} chips" if topology else f"{mesh.size} x {kind}"
-    yield f"{place}: {_axes(mesh)}"
+    programs = Programs(config, mesh)
+    elsewhere = programs.sampling_mesh != mesh
+    sampling = f"; sampling: {_axes(programs.sampling_mesh)}" if elsewhere else ""
+    yield f"{place}: {_axes(mesh)}{sampling}"
     yield ""
     yield from (f"| {' | '.join(x)} |" for x in (COLUMNS, ["---"] * len(COLUMNS)))
     hours: dict[str, float] = {}
-    for stage, program, amount in Programs(config, mesh).work():
+    for stage, program, amount in programs.work():
         if program.key not in costs:
-            costs[program.key] = compile_(program, mesh)
+            costs[program.key] = compile_(program)
         row, spent = _row(stage, program, amount, costs[program.key], chip, mesh.size)
         hours[stage] = hours.get(stage, 0) + spent
         yield f"| {' | '.join(row)} |"
@@ -374,8 +391,12 @@ def _axes(mesh: Mesh) -> str:
     return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
-def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, dict[tuple[Any, ...], Cost]]:
-    """The smallest slice, its mesh that needs `tensor` least, and the costs of the programs there.
+Costs = dict[tuple[Any, ...], Cost]  # by the programs' keys
+
+
+def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, str, Costs]:
+    """The smallest slice, its mesh that needs `tensor` least, the word of `mesh.sampling` that
+    decodes fastest, and the costs of the programs there.
 
     Raises:
       ValueError: no slice of this kind is large enough.
@@ -389,24 +410,36 @@ def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, dict[tuple[Any,
         devices = slice_devices(f"{kind}:{shape}")
         for tensor in (t for t in (1, 2, 4, 8, 16) if size % t == 0):
             mesh = sharding.make_mesh(1, -1, tensor, devices=devices)
-            costs = _fitting(config, mesh)
-            if costs:
-                return f"{kind}:{shape}", mesh, costs
+            costs = _fitting(config, mesh, sampling=False)
+            if costs is None:
+                continue
+            decoding: dict[float, tuple[str, Costs]] = {}
+            for where in WORDS["mesh.sampling"]:
+                config.mesh.sampling = where
+                sampled = _fitting(config, mesh, sampling=True)
+                if sampled is not None:
+                    decoding[sampled[DECODE].limit(chip)[1]] = where, sampled
+            if decoding:
+                fastest, sampled = decoding[min(decoding)]
+                return f"{kind}:{shape}", mesh, fastest, costs | sampled
     raise ValueError(f"--topology={kind}: not even {kind}:{shape} is large enough")
 
 
-def _fitting(config: ConfigDict, mesh: Mesh) -> dict[tuple[Any, ...], Cost] | None:
-    """The costs of all programs, if all fit; a mesh that doesn't divide the model doesn't."""
-    costs: dict[tuple[Any, ...], Cost] = {}
+def _fitting(config: ConfigDict, mesh: Mesh, sampling: bool) -> Costs | None:
+    """The costs of the programs that sample, or of all others, if they fit.
+
+    A mesh that doesn't divide the model doesn't.
+    """
+    costs: Costs = {}
     try:
-        work: Sequence[tuple[str, Program, float]] = Programs(config, mesh).work()
+        work = Programs(config, mesh).work()
     except ValueError:
         return None
     for _, program, _ in work:
-        if program.key not in costs:
-            costs[program.key] = compile_(program, mesh)
-        if not costs[program.key].work:
-            return None
+        if program.key not in costs and (program.key in (PREFILL, DECODE)) == sampling:
+            costs[program.key] = compile_(program)
+            if not costs[program.key].work:
+                return None
     return costs
 
 

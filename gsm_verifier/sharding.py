@@ -76,6 +76,12 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
+def without_fsdp(mesh: Mesh, *sizes: int) -> Mesh:
+    """A mesh's devices with those of `fsdp` on `tensor`, as far as that divides all sizes."""
+    tensor = math.gcd(mesh.shape["fsdp"] * mesh.shape["tensor"], *sizes)
+    return make_mesh(-1, 1, tensor, devices=list(mesh.devices.flat))
+
+
 def row_devices(mesh: Mesh) -> int:
     """Devices that work on different rows (B, or P in the sampler)."""
     return parts("B", mesh)

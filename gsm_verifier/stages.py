@@ -45,7 +45,7 @@ from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params
 from gsm_verifier.records import Completion, Label, Problem, Record, Score
 from gsm_verifier.report import page
-from gsm_verifier.sample.engine import Engine, Request, sampling_of
+from gsm_verifier.sample.engine import Engine, Request, mesh_of, sampling_of
 from gsm_verifier.score import Scorer, aggregate
 from gsm_verifier.text import answers
 from gsm_verifier.text.tokenizer import Tokenizer
@@ -69,6 +69,10 @@ class Run:
     def mesh(self) -> jax.sharding.Mesh:
         mesh = self.config.mesh
         return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+
+    @cached_property
+    def sampling_mesh(self) -> jax.sharding.Mesh:
+        return mesh_of(self.model, self.mesh, self.config.mesh.sampling)
 
     @cached_property
     def share(self) -> sharding.Share:
@@ -145,8 +149,8 @@ class Run:
         """The model in folder `name`: the verifier may be another run's."""
         return self.judge.model if name == "verifier" else self.model
 
-    def params(self, name: str) -> Params:
-        """The parameters a training stage left in folder `name`.
+    def params(self, name: str, mesh: jax.sharding.Mesh | None = None) -> Params:
+        """The parameters a training stage left in folder `name`, on the run's mesh or another.
 
         Raises:
           ValueError: there are none, or they are damaged or of another model.
@@ -160,7 +164,7 @@ class Run:
             raise ValueError(f"{self.folder / name} isn't there: run the stage that makes it")
         model = self.model_of(name)
         like = checkpoint.abstract(
-            transformer.shapes(model), transformer.shardings(model, self.mesh)
+            transformer.shapes(model), transformer.shardings(model, mesh or self.mesh)
         )
         store = checkpoint.Checkpoints(self.folder / name)
         try:
@@ -248,7 +252,10 @@ def _refuse_what_fails_later(run: Run, splits: dict[str, list[Problem]]) -> None
         raise ValueError(
             f"config.sample.top_k={config.sample.top_k}: the tokenizer has {run.tokenizer.size} ids"
         )
-    sharding.share(run.mesh)
+    with _asked_by("mesh"):
+        transformer.shardings(run.model, run.mesh)
+        for mesh in (run.mesh, run.sampling_mesh):
+            sharding.share(mesh)
     if config.pretrain.epochs and len(list(itertools.islice(_document_trees(run), 2))) < 2:
         raise ValueError(
             "config.pretrain.documents, or where it is empty config.pretrain.generated, gives too "
@@ -380,14 +387,14 @@ def finetune(run: Run) -> None:
             )
 
 
-def _own(run: Run, shards: Sequence[Any]) -> list[Any]:
+def _own(share: sharding.Share, shards: Sequence[Any]) -> list[Any]:
     """The record shards that are this process's, dealt out like cards."""
-    return list(shards[run.share.index :: run.share.count])
+    return list(shards[share.index :: share.count])
 
 
-def _write(run: Run, path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
+def _write(share: sharding.Share, path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
     """Write a shard of one's own, of which every process that shares its rows has the content."""
-    if run.share.speaks:
+    if share.speaks:
         records.write(path, kind, rows)
 
 
@@ -400,17 +407,20 @@ def _write_beside(
         records.write_columns(path, kind, keys | columns)
 
 
-def _parts(run: Run, folder: Path, problems: Sequence[Problem]) -> dict[Path, Sequence[Problem]]:
-    """The record shards of a folder that are this process's, and the problems of each."""
-    size = run.config.records.shard_problems
+def _parts(
+    share: sharding.Share, folder: Path, problems: Sequence[Problem], size: int
+) -> dict[Path, Sequence[Problem]]:
+    """The record shards of a folder that are this process's, and the `size` problems of each."""
     count = -(-len(problems) // size)
     parts = [problems[i * size : (i + 1) * size] for i in range(count)]
-    return dict(_own(run, [(records.shard_path(folder, i, count), p) for i, p in enumerate(parts)]))
+    paths = [records.shard_path(folder, i, count) for i in range(count)]
+    return dict(_own(share, list(zip(paths, parts, strict=True))))
 
 
 def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem], n: int) -> None:
     """n completions of each problem, in shards; whole shards that exist are kept."""
-    parts = _parts(run, folder, problems)
+    share = sharding.share(run.sampling_mesh)
+    parts = _parts(share, folder, problems, run.config.records.shard_problems)
     todo = [path for path in parts if not path.exists()]
     shard_of = {p.id: path for path in todo for p in parts[path]}
     found: dict[Path, dict[tuple[str, int], Completion]] = {path: {} for path in todo}
@@ -426,7 +436,7 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
             if len(found[path]) == len(parts[path]) * n:
                 rows = found.pop(path)
                 ordered = [rows[p.id, m] for p in parts[path] for m in range(n)]
-                _write(run, path, Completion, ordered)
+                _write(share, path, Completion, ordered)
     processes.wait_for_all(f"{folder} is complete")
 
 
@@ -436,8 +446,8 @@ def _engine(run: Run, name: str, completions: int, **changes: Any) -> Engine:
     each = min(options.slots, completions)  # more would idle
     return Engine(
         run.model,
-        run.params(name),
-        run.mesh,
+        run.params(name, run.sampling_mesh),
+        run.sampling_mesh,
         run.tokenizer,
         sampling_of(options, run.tokenizer.end, run.config.seed, slots, **changes),
         prompts=slots // each,
@@ -486,10 +496,11 @@ def _import(run: Run, split: str, file: Imported) -> None:
     row_tokens = run.config["score" if split == "test" else "verify"].row_tokens
     longest = min(row_tokens, run.model_of("verifier").max_length)
     problems = [p for p in run.problems(split) if p.id in file.counts]
-    for path, some in _parts(run, run.folder / "samples" / split, problems).items():
+    folder, size = run.folder / "samples" / split, run.config.records.shard_problems
+    for path, some in _parts(run.share, folder, problems, size).items():
         if not path.exists():
             rows = [c for p in some for c in file.completions(p, run.tokenizer, longest)]
-            _write(run, path, Completion, rows)
+            _write(run.share, path, Completion, rows)
     processes.wait_for_all(f"{split} is imported")
 
 
@@ -512,7 +523,7 @@ def label(run: Run) -> None:
     """Correct or not, by the final answer alone (section 4.2)."""
     for split in ("train", "heldout"):
         if (run.folder / "samples" / split).is_dir():
-            own = _own(run, records.shards(run.folder / "samples" / split))
+            own = _own(run.share, records.shards(run.folder / "samples" / split))
             _label(run, split, run.problems(split), own)
 
 
@@ -622,7 +633,7 @@ def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]
     """Value the completions of the test problems, a shard at a time."""
     problems = {p.id: p for p in run.problems("test")}
     scores = run.folder / "scores/test"
-    own = _own(run, records.shards(run.folder / "samples/test"))
+    own = _own(run.share, records.shards(run.folder / "samples/test"))
     todo = [path for path in own if not (scores / path.name).exists()]
     (rounds,) = processes.largest(len(todo))  # a process without a shard left goes on with none
     with processes.bar("score test", "shard", len(todo)) as bar:

@@ -401,6 +401,25 @@ def test_another_mesh_is_no_other_config(copy: Path, environment) -> None:
     assert done.code == 0, done.err
 
 
+def test_sampling_on_a_mesh_of_its_own(tmp_path: Path) -> None:
+    """It makes what it makes where all stages are on that mesh."""
+    heads = dict(model__heads=4, model__kv_heads=2, finetune__epochs=0.0, baseline__epochs=0.0)
+
+    def sampled(**words: Any) -> dict[str, bytes]:
+        shutil.rmtree(tmp_path / "samples", ignore_errors=True)
+        (tmp_path / "sample.done").unlink(missing_ok=True)
+        config = tiny(**heads, **{f"mesh__{key}": word for key, word in words.items()})
+        pipeline.run_stages(config, tmp_path, ["prepare", "pretrain", "finetune", "sample"])
+        return shards_of(tmp_path, "samples")
+
+    assert sampled(fsdp=4, sampling="tensor") == sampled(data=4, tensor=2)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^config\.mesh: .*dimension .* can't be split"):
+        pipeline.run_stages(tiny(mesh__tensor=8), tmp_path, ["prepare"])
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"seconds": 1}', '{"keys": 3}'])
 def test_a_damaged_marker_is_named(content: str, copy: Path) -> None:
     (copy / "label.done").write_text(content)

@@ -157,10 +157,10 @@ def attention(tokens: int) -> int:
 def test_every_program_does_what_was_counted_by_hand(word: str, mesh: Mesh) -> None:
     by_kernel = word == "auto" and cpu_attention.available()
     programs = Programs(tiny(**{"model.attention": word}), mesh)
-    score = plan.compile_(programs.score(), mesh)
+    score = plan.compile_(programs.score())
     assert score.work.flops == pytest.approx(dense(B * T) + attention(B * T), rel=0.01)
 
-    step = plan.compile_(programs.train("finetune"), mesh)
+    step = plan.compile_(programs.train("finetune"))
     tokens, logits = 2 * B * T, 2 * 2 * B * T * WIDTH * V  # of 2 microbatches
     # Attention is computed anew in the backward pass, by the kernel but for its second product.
     by_hand = 3 * dense(tokens) + 3 * logits + (3.5 if by_kernel else 4) * attention(tokens)
@@ -168,7 +168,7 @@ def test_every_program_does_what_was_counted_by_hand(word: str, mesh: Mesh) -> N
     parameters = 4 * (programs.score().useful / (2 * B * T) + WIDTH * (V + 1024))
     assert 3 * parameters < step.memory < 12 * parameters  # Adam's moments, gradients, activations
 
-    prefill, decoded = (plan.compile_(p, mesh) for p in programs.sample())
+    prefill, decoded = (plan.compile_(p) for p in programs.sample())
     slots, S, W = 2 * 4, 224, 16
     kv = LAYERS * 4 * HEADS * SIZE * slots * (S + W)
     head = 2 * slots * WIDTH * V
@@ -186,7 +186,7 @@ def test_what_devices_share_they_halve(make_mesh: MakeMesh) -> None:
     for kind in ("train", "score"):
         programs = [Programs(tiny(), mesh) for mesh in (one, more)]
         made = [p.score() if kind == "score" else p.train("finetune") for p in programs]
-        alone, shared = (plan.compile_(p, m) for p, m in zip(made, (one, more), strict=True))
+        alone, shared = map(plan.compile_, made)
         # Logits are computed anew on a mesh only.
         assert alone.work.flops <= 4 * shared.work.flops < 1.05 * alone.work.flops
         assert not alone.work.sent.total()
@@ -196,7 +196,7 @@ def test_what_devices_share_they_halve(make_mesh: MakeMesh) -> None:
 def sent(mesh: Mesh, steps: int, **changes: Any) -> dict[str, float]:
     """What a device sends in so many steps of the sampler, of 16 slots."""
     program = Programs(tiny(**{"sample.prompts": 4} | changes), mesh).sample()[1]
-    return plan.compile_(dataclasses.replace(program, steps=steps), mesh).work.sent
+    return plan.compile_(dataclasses.replace(program, steps=steps)).work.sent
 
 
 def test_sampling_sends_no_vocabulary_of_weights(make_mesh: MakeMesh) -> None:
@@ -235,20 +235,20 @@ def test_what_finds_no_room_is_too_much(mesh: Mesh, told: str) -> None:
         def compile(self) -> None:
             raise jax.errors.JaxRuntimeError(told)
 
-    program = plan.Program("step", 100, (), Jitted(), (), useful=1.0)
-    cost = plan.compile_(program, mesh)
+    program = plan.Program("step", 100, (), Jitted(), (), useful=1.0, mesh=mesh)
+    cost = plan.compile_(program)
     row, hours = plan._row("finetune", program, 1001, cost, plan.CHIPS["v5e"], 4)
     assert row[2] == "17.2 of 16: TOO MUCH"
     assert math.isnan(hours)
 
 
-def test_times_are_those_of_the_slowest() -> None:
+def test_times_are_those_of_the_slowest(mesh: Mesh) -> None:
     chip = plan.CHIPS["v5e"]
     work = hlo.Work(flops=197e12, hbm=2 * 819e9)
     work.sent["all-gather"] = 100e9
     limit, seconds = plan.Cost(1.0, work).limit(chip)
     assert (limit, seconds) == ("memory", pytest.approx(2.0))
-    program = plan.Program("step", 100, (), None, (), useful=4 * 197e12)
+    program = plan.Program("step", 100, (), None, (), useful=4 * 197e12, mesh=mesh)
     row, hours = plan._row("finetune", program, 1001, plan.Cost(2**30, work), chip, 4)
     assert hours == pytest.approx(11 * 2 * 4 / 3600)
     assert row[2] == "1.0 of 16: fits"
@@ -307,7 +307,7 @@ def test_a_tpus_compiler_says_the_same() -> None:
     config = tiny(**{"model.dtype": "bfloat16", "mesh.fsdp": 4})
     devices = plan.slice_devices("v5e:2x2")
     mesh = sharding.make_mesh(1, 4, 1, devices=devices)
-    cost = plan.compile_(Programs(config, mesh).score(), mesh)
+    cost = plan.compile_(Programs(config, mesh).score())
     assert cost.work.flops == pytest.approx((dense(B * T) + attention(B * T)) / 4, rel=0.01)
     assert 0 < cost.memory < 2**30
     slots = Programs(config, mesh).sample()[1].arguments[1]

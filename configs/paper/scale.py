@@ -32,7 +32,7 @@ def get_config(size: str = "6b") -> ConfigDict:
     config.text.vocab_size = 50_257
     config.model.update(layers=layers, width=width, heads=heads, kv_heads=heads, max_length=2048)
     config.model.update(head_size=width // heads, mlp_width=4 * width, dtype="bfloat16", remat=True)
-    config.mesh.update(fsdp=fsdp, tensor=tensor)
+    config.mesh.update(fsdp=fsdp, tensor=tensor, sampling="tensor")
     config.pretrain.learning_rate = alpha
     config.finetune.learning_rate = config.baseline.learning_rate = 0.1 * alpha
     # A row holds any question with a completion of 400 tokens; 32 rows are the paper's batch.

@@ -59,6 +59,16 @@ def prefill_rows(P: int, mesh: jax.sharding.Mesh) -> int:
     return min(P, math.ceil(max(4, mesh.size) / devices) * devices)
 
 
+def mesh_of(config: ModelConfig, mesh: jax.sharding.Mesh, where: str) -> jax.sharding.Mesh:
+    """The mesh to sample on for a run on `mesh`, by the config's word `mesh.sampling`.
+
+    On `fsdp` a step gathers all weights, to multiply them with one position of each slot.
+    """
+    if where == "same":
+        return mesh
+    return sharding.without_fsdp(mesh, config.kv_heads, config.mlp_width, config.vocab_size)
+
+
 def programs(config: ModelConfig, mesh: jax.sharding.Mesh, sampling: Sampling) -> tuple[Any, Any]:
     """(`decode.prefill`, `decode.advance`) of a model with unstacked layers, compiled."""
     model = Transformer(config)
