@@ -439,10 +439,20 @@ def with_whole_tables(params: Params) -> Params:
     return {"params": tree | {name: constrain(x, ("V", None)) for name, x in tables.items()}}
 
 
-def unstack(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with an array of its own for each layer's weights: what decodes fastest."""
+def unstack(config: ModelConfig, params: Params, cast: bool = False) -> tuple[ModelConfig, Params]:
+    """The same model with an array of its own for each layer's weights: what decodes fastest.
+
+    Args:
+      cast: its matrices to the dtype of the computation, one after the other, so that there is
+        never a second set of them in float32.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        return x.astype(config.dtype) if cast and x.ndim > 1 else x
+
     tree = dict(params["params"])
     stacked = tree.pop("layers")
+    tree = jax.tree.map(one, tree)
     for i in range(config.layers):
-        tree[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+        tree[f"layers_{i}"] = jax.tree.map(lambda x, i=i: one(x[i]), stacked)
     return config.with_(scan_layers=False), {"params": tree}

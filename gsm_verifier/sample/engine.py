@@ -113,11 +113,8 @@ class Engine:
         self._here = self._share.rows(self._P)  # this process's own
         self._prefill_rows = prefill_rows(self._P, mesh)
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
-        self._config, self._params = transformer.unstack(config, params)
         # Matrices are cast once here, not at every step.
-        self._params = jax.tree.map(
-            lambda x: x.astype(config.dtype) if x.ndim > 1 else x, self._params
-        )
+        self._config, self._params = transformer.unstack(config, params, cast=True)
         table = tokenizer.grammar() if calculator else np.zeros((tokenizer.size, GRAMMAR), np.int8)
         padded = np.zeros((config.vocab_size, table.shape[1]), np.int32)
         padded[: len(table)] = table
