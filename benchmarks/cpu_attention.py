@@ -1,68 +1,125 @@
-"""The sampler's attention on CPU: the C++ kernel beside the one in JAX, for one layer and step.
+"""Attention on CPU: the C++ kernel beside the one in JAX, for one layer.
 
     python -m benchmarks.cpu_attention
 
-Prints one JSON line: of each the median milliseconds a call, by the clock and of the processors.
-The caches of several layers take turns, as in a model: none stays in the cache of the processor.
+Prints one JSON line: of a step of the sampler, and of whole rows without and with their gradient,
+the median milliseconds a call of each way, by the clock and of the processors. The caches of
+several layers take turns, as in a model: none stays in the cache of the processor.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gsm_verifier.model import cpu_attention
-from gsm_verifier.model.attention import BranchCache, Branches, Look
+from gsm_verifier.model.attention import BranchCache, Branches, Look, by_rows
 
-P, C, K, G, H, S, W = 8, 20, 3, 3, 64, 96, 240
+K, G, H = 3, 3, 64
+P, C, S, W = 8, 20, 96, 240  # of the sampler
 OLDEST = 120  # ages are spread evenly from 0 to it
 LAYERS = 4
+B, T, PROBLEM = 2, 1024, 190  # of whole rows: packed problems of so many positions
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def step(normal: Callable[..., jax.Array], rng: np.random.Generator) -> Calls:
+    """A step of all slots of the sampler."""
+    shapes = ((P, K, S, H), (P, K, S, H), (P, C, K, W, H), (P, C, K, W, H))
+    length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
+    slots = Branches(jnp.int32(length_P), jnp.int32(age_PC))
+    new = (normal(P, C, K, G, H), normal(P, C, K, H), normal(P, C, K, H))
+
+    def calls(way: Callable[..., Any]) -> Callable[[], Any]:
+        jitted = jax.jit(functools.partial(way, look=Look()), donate_argnames="cache")
+        caches = [BranchCache(*(normal(*shape) for shape in shapes)) for _ in range(LAYERS)]
+        turns = itertools.cycle(range(LAYERS))
+
+        def call() -> Any:
+            at = next(turns)
+            out, caches[at] = jitted(*new, cache=caches[at])
+            return out
+
+        return call
+
+    return {"kernel": calls(slots._kernel), "jax": calls(slots._segments)}
+
+
+def rows(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
+    """Whole rows of packed problems."""
+    q, k, v = normal(B, T, K, G, H), normal(B, T, K, H), normal(B, T, K, H)
+    problem_T = np.arange(T) // PROBLEM
+    seen = np.tril(np.ones((T, T), bool)) & (problem_T[:, None] == problem_T)
+    visible = jnp.broadcast_to(seen, (B, T, T))
+
+    def calls(way: Callable[..., jax.Array]) -> Callable[[], Any]:
+        def out(*qkv: jax.Array) -> jax.Array:
+            return way(*qkv, visible, scale=H**-0.5)
+
+        def both(*qkv: jax.Array) -> Any:
+            found, back = jax.vjp(out, *qkv)
+            return back(found)
+
+        return functools.partial(jax.jit(both if gradient else out), q, k, v)
+
+    def kernel(*arrays: jax.Array, scale: float) -> jax.Array:
+        return cpu_attention.whole_attention(*arrays, scale)
+
+    return {"kernel": calls(kernel), "jax": calls(by_rows)}
+
+
+def measure(ways: Calls, rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """The ways in turns."""
+    clock: dict[str, list[float]] = {name: [] for name in ways}
+    processors: dict[str, list[float]] = {name: [] for name in ways}
+    for call in ways.values():
+        jax.block_until_ready(call())  # compiles
+    for _ in range(rounds):
+        for name, call in ways.items():
+            began, used = time.perf_counter(), time.process_time()
+            for _ in range(calls):
+                jax.block_until_ready(call())
+            clock[name].append(1e3 * (time.perf_counter() - began) / calls)
+            processors[name].append(1e3 * (time.process_time() - used) / calls)
+    return {
+        name: {
+            "ms": round(statistics.median(clock[name]), 2),
+            "cpu_ms": round(statistics.median(processors[name]), 2),
+        }
+        for name in ways
+    }
 
 
 def main() -> None:
-    """Measure both in turns."""
+    """Measure all three."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=40, help="of each, a round")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     if not cpu_attention.available():
         raise SystemExit("the kernel can't be compiled: install a C++ compiler or set CXX to one")
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+        return jnp.asarray(rng.normal(size=shape), options.dtype)
 
-    shapes = ((P, K, S, H), (P, K, S, H), (P, C, K, W, H), (P, C, K, W, H))
-    caches = [BranchCache(*(normal(*shape) for shape in shapes)) for _ in range(LAYERS)]
-    length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
-    slots = Branches(jnp.int32(length_P), jnp.int32(age_PC))
-    step = (normal(P, C, K, G, H), normal(P, C, K, H), normal(P, C, K, H))
-    ways = {
-        name: jax.jit(functools.partial(way, look=Look()), donate_argnames="cache")
-        for name, way in (("kernel", slots._kernel), ("jax", slots._segments))
+    works = {
+        "sampler_step": step(normal, rng),
+        "rows": rows(normal, gradient=False),
+        "rows_with_gradient": rows(normal, gradient=True),
     }
-    clock = {way: [] for way in ways}
-    processors = {way: [] for way in ways}
-    for way in ways.values():
-        _, caches[0] = jax.block_until_ready(way(*step, cache=caches[0]))  # compiles
-    for _ in range(options.rounds):
-        for name, way in ways.items():
-            began, used = time.perf_counter(), time.process_time()
-            for call in range(options.calls):
-                at = call % LAYERS
-                _, caches[at] = jax.block_until_ready(way(*step, cache=caches[at]))
-            clock[name].append(1e3 * (time.perf_counter() - began) / options.calls)
-            processors[name].append(1e3 * (time.process_time() - used) / options.calls)
-    told = {
-        name: {"ms": statistics.median(clock[name]), "cpu_ms": statistics.median(processors[name])}
-        for name in ways
-    }
-    print(json.dumps(told))
+    told = {name: measure(ways, options.rounds, options.calls) for name, ways in works.items()}
+    print(json.dumps({"dtype": options.dtype} | told))
 
 
 if __name__ == "__main__":

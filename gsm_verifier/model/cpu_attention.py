@@ -26,6 +26,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,21 @@ def library() -> Path:
 
 @functools.cache
 def available() -> bool:
-    """Is the kernel there? Asked for the first time, it is compiled and made known to XLA."""
+    """Is the kernel there? Asked for the first time, it is compiled and made known to XLA.
+
+    If it can't be, a warning says why.
+    """
     try:
         compiled = ctypes.CDLL(str(library()))
         names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES]
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            "attention on CPU is computed in JAX, several times slower than in C++, which needs a "
+            f"compiler (c++, or what CXX names): {told[0] if told else type(error).__name__}",
+            stacklevel=1,
+        )
         return False
     for name, handler in handlers.items():
         jax.ffi.register_ffi_target(f"{TARGET}_{name}", handler, platform="cpu")
