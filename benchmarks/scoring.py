@@ -93,7 +93,7 @@ def main() -> None:
         default=3328,
         help="of a packed row in ours: 25 completions",
     )
-    parser.add_argument("--batch-rows", type=int, default=2, help="that ours computes at one time")
+    parser.add_argument("--batch-rows", type=int, default=1, help="that ours computes at one time")
     parser.add_argument("--chunk", type=int, default=25, help="completions at one time in peers")
     args = parser.parse_args()
     args.rows = [args.row_tokens * args.batch_rows]

@@ -13,7 +13,7 @@ from conftest import make_config
 from jax.sharding import Mesh
 
 from gsm_verifier.data import problems, synthetic
-from gsm_verifier.model import hf, transformer
+from gsm_verifier.model import cpu_attention, hf, transformer
 from gsm_verifier.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +133,17 @@ def test_scaling() -> None:
         assert not program["sent_mib"]
     sent = [found["finetune"]["sent_mib"]["all-reduce"] for found in (two, four)]
     assert sent[1] / sent[0] == pytest.approx((2 * 3 / 4) / (2 * 1 / 2), rel=0.01)
+
+
+@pytest.mark.skipif(not cpu_attention.available(), reason="no compiler")
+def test_attention() -> None:
+    command = [sys.executable, "-m", "benchmarks.cpu_attention", "--rounds", "1", "--calls", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found.pop("dtype") == "float32"
+    for work in found.values():
+        assert set(work) == {"kernel", "jax"}
+        assert all(one["ms"] > 0 for one in work.values())
 
 
 def test_a_contender_nobody_knows_is_refused(folders: list[str]) -> None:
