@@ -25,8 +25,6 @@ from gsm_verifier.text import answers
 from gsm_verifier.text.tokenizer import Tokenizer
 from gsm_verifier.train.batch import verifier_trees
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # one finished run serves them all
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 GSM8K = Path(os.environ.get("GSM8K_DIR", REPOSITORY.parent / "shared/data/gsm8k"))
 STAGES = ["prepare", "pretrain", "finetune", "sample", "label", "verify", "score", "rank", "report"]

@@ -19,8 +19,6 @@ import pytest
 from gsm_verifier import metrics, records, sharding
 from gsm_verifier.records import Completion, Label, Score
 
-pytestmark = pytest.mark.xdist_group("processes")  # never two of them at once on two cores
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEVICES = 4  # of all processes together
 DATA, FSDP, MIXED = (4, 1, 1), (1, 4, 1), (1, 2, 2)  # data, fsdp, tensor
