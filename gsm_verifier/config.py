@@ -128,8 +128,9 @@ def default() -> ConfigDict:
             data=-1,  # devices with the same parameters; -1: all that are left
             fsdp=1,  # devices that share the parameters' width
             tensor=1,  # devices that share heads, feed-forward and vocabulary
-            # Where to sample: "same" | "tensor", which fsdp's devices then are on as far as heads
-            # go; else every step gathers all weights.
+            # Where to sample: "same" | "tensor", which fsdp's devices then are on as far as that
+            # divides heads, feed-forward and vocabulary; else every step gathers all weights. Each
+            # device then holds all weights over tensor.
             sampling="same",
             cpu_devices=1,  # without an accelerator: devices the CPU is split into
         )

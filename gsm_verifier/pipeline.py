@@ -86,7 +86,7 @@ def _run_stage(run: Run, name: str) -> None:
     processes.wait_for_all(f"{name} is done")
     seconds = time.perf_counter() - began
     if processes.first():
-        computed = "" if stage.alone else run.computed()
+        computed = run.computed(name)
         _write_marker(run, name, "done", seconds=seconds, resumed=resumed, computed=computed)
         started.unlink()
     _say(f"{name}: {seconds:.1f} s")

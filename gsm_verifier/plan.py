@@ -10,6 +10,7 @@ with every slot and row in use. `--topology=v5p`, without a shape, looks for the
 the meshes on which all programs fit.
 """
 
+import copy
 import importlib.util
 import math
 import os
@@ -352,7 +353,7 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
       ValueError: a nonsensical config, topology or mesh, or no slice that fits.
     """
     validate(config)
-    config = ConfigDict(config)  # a search sets its mesh
+    config = copy.deepcopy(config)  # a search sets its word of `mesh.sampling`
     if topology and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # this machine needn't have what is planned
     if topology in CHIPS:
@@ -365,9 +366,8 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
     chip = next((chip for chip in CHIPS.values() if chip.kind == kind), None)
     place = f"{topology}, {mesh.size} chips" if topology else f"{mesh.size} x {kind}"
     programs = Programs(config, mesh)
-    elsewhere = programs.sampling_mesh != mesh
-    sampling = f"; sampling: {_axes(programs.sampling_mesh)}" if elsewhere else ""
-    yield f"{place}: {_axes(mesh)}{sampling}"
+    sampling = f"mesh.sampling={config.mesh.sampling}: {_axes(programs.sampling_mesh)}"
+    yield f"{place}: {_axes(mesh)}; {sampling}"
     yield ""
     yield from (f"| {' | '.join(x)} |" for x in (COLUMNS, ["---"] * len(COLUMNS)))
     hours: dict[str, float] = {}

@@ -14,7 +14,7 @@ Each stage reads the records of the stages before it, calls one room of the pack
 own. Only `prepare` copies the test problems, and only score, rank and report use them.
 
 Of many processes, all run every stage, but for those that the first one runs alone. A record shard
-belongs to one process (`_own`), which alone reads or writes it; the work directory is common.
+belongs to one process of a stage (`_own`), which alone writes it; the work directory is common.
 """
 
 import contextlib
@@ -54,6 +54,7 @@ from gsm_verifier.train.batch import document_trees, finetuning_trees, verifier_
 from gsm_verifier.train.losses import Objective
 
 TRAINED_ON_PROBLEMS = ("finetune", "baseline", "verify")
+TRAINING = ("pretrain", "finetune", "verify")  # stages
 SYNTHETIC_SIZES = {"train": 2000, "test": 300}  # where the config leaves them at 0
 PACKAGED = Path(__file__).parent / "pretrained"  # models that come with the package
 
@@ -105,14 +106,28 @@ class Run:
         words = {key: keys[key] for key in ("dtype", "attention", "remat")}
         return hf.read_config(self.start).with_(**words)
 
-    def computed(self) -> str:
-        """What its stages compute on and how: it decides their speed and the last digits."""
-        by_kernel = attention.by_kernel(self.model.attention, self.model.attention_cap, self.mesh)
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
+    def computed(self, stage: str) -> str:
+        """What a stage computes on and how, which decides its speed and the last digits.
+
+        Empty for one that runs no model. What samples and then values says both meshes.
+        """
+        samples = stage == "score" or (stage == "sample" and not self.config.sample.imported)
+        meshes = [self.sampling_mesh] * samples
+        if stage in (*TRAINING, "score") and self.mesh not in meshes:
+            meshes.append(self.mesh)
+        if not meshes:
+            return ""
+        model = self.model_of("verifier") if stage == "verify" else self.model
+        by_kernel = attention.by_kernel(model.attention, model.attention_cap, self.mesh)
+
+        def axes(mesh: jax.sharding.Mesh) -> str:
+            return " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+
+        split = ", then ".join(filter(None, map(axes, meshes)))
         return (
-            f"{self.mesh.size} {sharding.platform(self.mesh)} devices"
-            f"{f' ({axes})' if axes else ''} of {jax.process_count()} processes, "
-            f"{self.model.dtype}, attention in {'C++' if by_kernel else 'JAX'}"
+            f"{self.mesh.size} devices, {self.mesh.devices.flat[0].device_kind}"
+            f"{f' ({split})' if split else ''}, of {jax.process_count()} processes, "
+            f"{model.dtype}, attention in {'C++' if by_kernel else 'JAX'}"
         )
 
     def problems(self, split: str) -> list[Problem]:
@@ -253,7 +268,8 @@ def _refuse_what_fails_later(run: Run, splits: dict[str, list[Problem]]) -> None
             f"config.sample.top_k={config.sample.top_k}: the tokenizer has {run.tokenizer.size} ids"
         )
     with _asked_by("mesh"):
-        transformer.shardings(run.model, run.mesh)
+        for model in (run.model, run.model_of("verifier")):
+            transformer.shardings(model, run.mesh)
         for mesh in (run.mesh, run.sampling_mesh):
             sharding.share(mesh)
     if config.pretrain.epochs and len(list(itertools.islice(_document_trees(run), 2))) < 2:

@@ -241,9 +241,21 @@ def asked_anew() -> Iterator[None]:
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_there_is_jax(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
-    with pytest.warns(UserWarning, match=f"in JAX.* needs a compiler .*{compiler}"):
+    with pytest.warns(UserWarning, match=f"in JAX.* can't be compiled .*{compiler}"):
         assert not cpu_attention.available()
     assert not calls_the_kernel()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_compilers_error_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first line of what it wrote, which says where it was."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'In file included from ffi.h:49,' >&2\n"
+                        "echo 'ffi.h:1: error: no C++17' >&2\nexit 1\n")  # fmt: skip
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.warns(UserWarning, match=r"loaded: ffi\.h:1: error: no C\+\+17"):
+        assert not cpu_attention.available()
 
 
 @needs_compiler

@@ -152,7 +152,7 @@ def test_results_follow_their_schema(finished) -> None:
     assert set(results["timing"]) >= set(earlier)
     assert all(seconds >= 0 for seconds in results["timing"].values())
     assert results["resumed"] == []
-    assert set(results["computed"]) == set(earlier) - {"prepare"}
+    assert set(results["computed"]) == set(earlier) - {"prepare", "label"}
     assert all("cpu" in told and "float32" in told for told in results["computed"].values())
 
 
@@ -410,6 +410,8 @@ def test_sampling_on_a_mesh_of_its_own(tmp_path: Path) -> None:
         (tmp_path / "sample.done").unlink(missing_ok=True)
         config = tiny(**heads, **{f"mesh__{key}": word for key, word in words.items()})
         pipeline.run_stages(config, tmp_path, ["prepare", "pretrain", "finetune", "sample"])
+        computed = json.loads((tmp_path / "sample.done").read_bytes())["computed"]
+        assert "(data 4 x tensor 2)" in computed  # and not the run's mesh
         return shards_of(tmp_path, "samples")
 
     assert sampled(fsdp=4, sampling="tensor") == sampled(data=4, tensor=2)
@@ -418,6 +420,17 @@ def test_sampling_on_a_mesh_of_its_own(tmp_path: Path) -> None:
 def test_a_mesh_that_does_not_divide_the_model_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^config\.mesh: .*dimension .* can't be split"):
         pipeline.run_stages(tiny(mesh__tensor=8), tmp_path, ["prepare"])
+
+
+def test_a_mesh_that_does_not_divide_the_verifier_is_refused_at_once(
+    finished, tmp_path: Path
+) -> None:
+    """Another run's model, while this run's own is divided."""
+    words = dict(
+        model__heads=8, model__kv_heads=8, mesh__tensor=8, verify__run=str(finished.folder)
+    )
+    with pytest.raises(ValueError, match=r"^config\.mesh: .*dimension .* can't be split"):
+        pipeline.run_stages(tiny(**words), tmp_path, ["prepare"])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"seconds": 1}', '{"keys": 3}'])

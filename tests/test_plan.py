@@ -204,9 +204,39 @@ def test_sampling_sends_no_vocabulary_of_weights(make_mesh: MakeMesh) -> None:
     assert sent(make_mesh(tensor=4), steps=1)["all-gather"] < weights / 2
 
 
+def test_sampling_on_a_mesh_of_its_own_gathers_no_weights(make_mesh: MakeMesh) -> None:
+    gathered = {}
+    for word in ("same", "tensor"):
+        programs = Programs(tiny(**{"mesh.sampling": word}), make_mesh(fsdp=4))
+        assert programs.sampling_mesh.shape["tensor"] == (4 if word == "tensor" else 1)
+        decoded = programs.sample()[1]
+        assert decoded.mesh == programs.sampling_mesh
+        work = plan.compile_(decoded).work
+        assert work is not None
+        gathered[word] = work.sent["all-gather"]
+    assert gathered["tensor"] < gathered["same"] / 4
+
+
+def test_a_search_takes_the_word_that_decodes_faster(
+    make_mesh: MakeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says it, and leaves its caller's config alone."""
+    devices = list(make_mesh(fsdp=4).devices.flat)
+    chip = plan.Chip("cpu", 2**30, 1e12, 1e12, 1e6, "4")  # slow links
+    monkeypatch.setitem(plan.CHIPS, "v9", chip)
+    monkeypatch.setattr(plan, "slice_devices", lambda _: devices)
+    config = tiny()
+    first = next(plan.lines(config, "v9"))
+    assert first == (
+        "v9:4, 4 chips: data=1 fsdp=4 tensor=1; mesh.sampling=tensor: data=1 fsdp=1 tensor=4"
+    )
+    assert config.mesh.sampling == "same"
+
+
 def test_a_plan_of_the_devices_at_hand() -> None:
     found = list(plan.lines(tiny(**{"mesh.fsdp": 2, "mesh.tensor": 2}), None))
-    assert found[0] == "8 x cpu: data=2 fsdp=2 tensor=2"
+    mesh = "data=2 fsdp=2 tensor=2"
+    assert found[0] == f"8 x cpu: {mesh}; mesh.sampling=same: {mesh}"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[4:] if "|" in line]
     assert all(len(row) == len(plan.COLUMNS) for row in rows)
     stages = ["finetune", "baseline", "sample", "sample", "verify", "score", "score", "score"]

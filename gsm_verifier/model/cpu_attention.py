@@ -85,9 +85,11 @@ def available() -> bool:
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        told = told or [type(error).__name__]
+        reason = next((line for line in told if "error" in line), told[0])  # not where it stands
         warnings.warn(
-            "attention on CPU is computed in JAX, several times slower than in C++, which needs a "
-            f"compiler (c++, or what CXX names): {told[0] if told else type(error).__name__}",
+            "attention on CPU is computed in JAX, several times slower than in C++, which can't be "
+            f"compiled (by c++, or what CXX names) or loaded: {reason}",
             stacklevel=1,
         )
         return False

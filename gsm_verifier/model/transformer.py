@@ -443,8 +443,8 @@ def unstack(config: ModelConfig, params: Params, cast: bool = False) -> tuple[Mo
     """The same model with an array of its own for each layer's weights: what decodes fastest.
 
     Args:
-      cast: its matrices to the dtype of the computation, one after the other, so that there is
-        never a second set of them in float32.
+      cast: its matrices to the dtype of the computation, one after the other, so that where it is
+        bfloat16 there is never a second set of them in float32.
     """
 
     def one(x: jax.Array) -> jax.Array:
