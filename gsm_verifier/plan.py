@@ -82,6 +82,7 @@ class Program:
       key: programs of one key are compiled once.
       useful: FLOPs of the model in one run: 2 a parameter and token, 6 with the backward pass.
       mesh: of the devices it is compiled for. steps: of a loop that only its data end.
+      loads: bytes a device holds while its parameters are loaded, before it runs.
     """
 
     what: str
@@ -92,6 +93,7 @@ class Program:
     useful: float
     mesh: Mesh
     steps: int = 1
+    loads: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,15 @@ class Cost:
     """One run of a compiled program, on each of the devices.
 
     Attributes:
-      memory: bytes it needs, arguments included. work: None where the compiler found no room; it
-        needs at least so much.
+      memory: bytes it needs, arguments included, or to load these if that is more. work: None
+        where the compiler found no room; it needs at least so much.
     """
 
     memory: float
     work: hlo.Work | None
+
+    def fits(self, chip: Chip) -> bool:
+        return self.work is not None and self.memory <= chip.memory
 
     def limit(self, chip: Chip) -> tuple[str, float]:
         """What limits it, and the seconds that takes at best."""
@@ -164,7 +169,7 @@ def compile_(program: Program) -> Cost:
     m = compiled.memory_analysis()
     memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     memory += m.temp_size_in_bytes + m.generated_code_size_in_bytes
-    return Cost(memory, hlo.work(compiled.as_text(), program.steps))
+    return Cost(max(memory, program.loads), hlo.work(compiled.as_text(), program.steps))
 
 
 def _rows(mesh: Mesh, wanted: int) -> int:
@@ -184,6 +189,13 @@ def _parameters(mesh: Mesh, model: ModelConfig, cast: bool = False) -> Any:
 
     shapes = jax.tree.map(one, transformer.shapes(model))
     return checkpoint.abstract(shapes, transformer.shardings(model, mesh))
+
+
+def _loading(mesh: Mesh, model: ModelConfig) -> float:
+    """Bytes of a device as the sampler gets its weights: float32, and beside them in its dtype."""
+    shapes, where = transformer.shapes(model), transformer.shardings(model, mesh)
+    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), shapes, where)
+    return (4 + np.dtype(model.dtype).itemsize) * sum(jax.tree.leaves(parts))
 
 
 def _batch(mesh: Mesh, A: int, B: int, T: int) -> Batch:
@@ -238,6 +250,7 @@ class Programs:
         prompts = tuple(_array(mesh, letters, np.int32, *shape) for letters, *shape in prompts)
         grammar = _array(mesh, "", np.int32, model.vocab_size, engine.GRAMMAR)
         per_token = 2 * (model.parameters + model.vocab_size * model.width)
+        loads = _loading(mesh, self._model)
         return (
             Program(
                 what=f"prefill of {B} prompts",
@@ -247,6 +260,7 @@ class Programs:
                 arguments=(params, slots, *prompts),
                 useful=2 * B * S * model.parameters,
                 mesh=mesh,
+                loads=loads,
             ),
             Program(
                 what=f"{sampling.chunk} steps of {P * C} slots",
@@ -257,6 +271,7 @@ class Programs:
                 useful=P * C * sampling.chunk * per_token,
                 mesh=mesh,
                 steps=sampling.chunk,
+                loads=loads,
             ),
         )
 
@@ -383,7 +398,7 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
         yield f"Chip-hours at best: {each}; in all {_number(sum(hours.values()))}."
     else:
         yield f"No times: the rates of a {kind} aren't known."
-    if not all(cost.work for cost in costs.values()):
+    if chip and not all(cost.fits(chip) for cost in costs.values()):
         yield f"It doesn't fit. --topology={topology.split(':')[0]} finds the smallest slice."
 
 
@@ -410,13 +425,13 @@ def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, str, Costs]:
         devices = slice_devices(f"{kind}:{shape}")
         for tensor in (t for t in (1, 2, 4, 8, 16) if size % t == 0):
             mesh = sharding.make_mesh(1, -1, tensor, devices=devices)
-            costs = _fitting(config, mesh, sampling=False)
+            costs = _fitting(config, mesh, chip, sampling=False)
             if costs is None:
                 continue
             decoding: dict[float, tuple[str, Costs]] = {}
             for where in WORDS["mesh.sampling"]:
                 config.mesh.sampling = where
-                sampled = _fitting(config, mesh, sampling=True)
+                sampled = _fitting(config, mesh, chip, sampling=True)
                 if sampled is not None:
                     decoding[sampled[DECODE].limit(chip)[1]] = where, sampled
             if decoding:
@@ -425,8 +440,8 @@ def _smallest(config: ConfigDict, kind: str) -> tuple[str, Mesh, str, Costs]:
     raise ValueError(f"--topology={kind}: not even {kind}:{shape} is large enough")
 
 
-def _fitting(config: ConfigDict, mesh: Mesh, sampling: bool) -> Costs | None:
-    """The costs of the programs that sample, or of all others, if they fit.
+def _fitting(config: ConfigDict, mesh: Mesh, chip: Chip, sampling: bool) -> Costs | None:
+    """The costs of the programs that sample, or of all others, if they fit the chip.
 
     A mesh that doesn't divide the model doesn't.
     """
@@ -438,7 +453,7 @@ def _fitting(config: ConfigDict, mesh: Mesh, sampling: bool) -> Costs | None:
     for _, program, _ in work:
         if program.key not in costs and (program.key in (PREFILL, DECODE)) == sampling:
             costs[program.key] = compile_(program)
-            if not costs[program.key].work:
+            if not costs[program.key].fits(chip):
                 return None
     return costs
 
@@ -450,7 +465,7 @@ def _row(
     runs = math.ceil(amount / program.serves)
     memory = f"{cost.memory / GIB:.1f}"
     if chip:
-        memory += f" of {chip.memory / GIB:.0f}: {'fits' if cost.work else 'TOO MUCH'}"
+        memory += f" of {chip.memory / GIB:.0f}: {'fits' if cost.fits(chip) else 'TOO MUCH'}"
     done = [""] * 3
     if cost.work:
         kinds = sorted(cost.work.sent.items(), key=lambda item: -item[1])

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from gsm_verifier import config as config_module
 from gsm_verifier import hlo, plan, sharding
-from gsm_verifier.model import cpu_attention
+from gsm_verifier.model import cpu_attention, transformer
 from gsm_verifier.plan import Programs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -215,6 +215,20 @@ def test_sampling_on_a_mesh_of_its_own_gathers_no_weights(make_mesh: MakeMesh) -
         assert work is not None
         gathered[word] = work.sent["all-gather"]
     assert gathered["tensor"] < gathered["same"] / 4
+
+
+def test_what_can_not_be_loaded_does_not_fit(make_mesh: MakeMesh) -> None:
+    """Weights that one key/value head keeps whole on every device of sampling's mesh."""
+    config = tiny(**{"model.kv_heads": 1, "mesh.sampling": "tensor", "model.dtype": "bfloat16"})
+    programs = Programs(config, make_mesh(fsdp=4))
+    model = plan.model_of(config, "cpu")
+    decoded = programs.sample()[1]
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(transformer.shapes(model))]
+    assert decoded.loads == (4 + 2) * sum(sizes)
+    cost = plan.Cost(decoded.loads, hlo.Work())
+    chip = plan.Chip("cpu", decoded.loads - 1, 1e12, 1e12, 1e12, "4")
+    assert not cost.fits(chip)
+    assert cost.fits(dataclasses.replace(chip, memory=decoded.loads))
 
 
 def test_a_search_takes_the_word_that_decodes_faster(
