@@ -193,9 +193,9 @@ def _parameters(mesh: Mesh, model: ModelConfig, cast: bool = False) -> Any:
 
 def _loading(mesh: Mesh, model: ModelConfig) -> float:
     """Bytes of a device as the sampler gets its weights: float32, and beside them in its dtype."""
-    shapes, where = transformer.shapes(model), transformer.shardings(model, mesh)
-    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), shapes, where)
-    return (4 + np.dtype(model.dtype).itemsize) * sum(jax.tree.leaves(parts))
+    weights = jax.tree.leaves(_parameters(mesh, model))
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in weights)
+    return (4 + np.dtype(model.dtype).itemsize) * held
 
 
 def _batch(mesh: Mesh, A: int, B: int, T: int) -> Batch:
@@ -378,7 +378,7 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
         sizes = [config.mesh[axis] for axis in sharding.AXES]
         mesh, costs = sharding.make_mesh(*sizes, devices=devices), {}
     kind = mesh.devices.flat[0].device_kind
-    chip = next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+    known, chip = next((item for item in CHIPS.items() if item[1].kind == kind), ("", None))
     place = f"{topology}, {mesh.size} chips" if topology else f"{mesh.size} x {kind}"
     programs = Programs(config, mesh)
     sampling = f"mesh.sampling={config.mesh.sampling}: {_axes(programs.sampling_mesh)}"
@@ -399,7 +399,7 @@ def lines(config: ConfigDict, topology: str | None) -> Iterator[str]:
     else:
         yield f"No times: the rates of a {kind} aren't known."
     if chip and not all(cost.fits(chip) for cost in costs.values()):
-        yield f"It doesn't fit. --topology={topology.split(':')[0]} finds the smallest slice."
+        yield f"It doesn't fit. --topology={known} finds the smallest slice."
 
 
 def _axes(mesh: Mesh) -> str:

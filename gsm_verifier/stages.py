@@ -54,7 +54,6 @@ from gsm_verifier.train.batch import document_trees, finetuning_trees, verifier_
 from gsm_verifier.train.losses import Objective
 
 TRAINED_ON_PROBLEMS = ("finetune", "baseline", "verify")
-TRAINING = ("pretrain", "finetune", "verify")  # stages
 SYNTHETIC_SIZES = {"train": 2000, "test": 300}  # where the config leaves them at 0
 PACKAGED = Path(__file__).parent / "pretrained"  # models that come with the package
 
@@ -111,11 +110,9 @@ class Run:
 
         Empty for one that runs no model. What samples and then values says both meshes.
         """
-        samples = stage == "score" or (stage == "sample" and not self.config.sample.imported)
-        meshes = [self.sampling_mesh] * samples
-        if stage in (*TRAINING, "score") and self.mesh not in meshes:
-            meshes.append(self.mesh)
-        if not meshes:
+        imports = stage == "sample" and self.config.sample.imported
+        meshes = dict.fromkeys(getattr(self, name) for name in STAGES[stage].on)
+        if imports or not meshes:
             return ""
         model = self.model_of("verifier") if stage == "verify" else self.model
         by_kernel = attention.by_kernel(model.attention, model.attention_cap, self.mesh)
@@ -810,12 +807,14 @@ class Stage:
     Attributes:
       reads: the parts of the config it reads beside those of the stages before it.
       writes: what it makes in the work directory.
+      on: the meshes of a `Run` that it computes on, in order; none: it runs no model.
       alone: the first process runs it, and the others wait.
     """
 
     run: Callable[[Run], None]
     reads: tuple[str, ...]
     writes: str
+    on: tuple[str, ...] = ()
     alone: bool = False
 
     @property
@@ -832,16 +831,21 @@ STAGES: dict[str, Stage] = {
         "problems tokenizer.json tokenizer_config.json model.json",
         alone=True,
     ),
-    "pretrain": Stage(pretrain, (), "pretrained metrics/pretrained.jsonl"),
+    "pretrain": Stage(pretrain, (), "pretrained metrics/pretrained.jsonl", on=("mesh",)),
     "finetune": Stage(
         finetune,
         ("finetune", "baseline"),
         "generator baseline metrics/generator.jsonl metrics/baseline.jsonl",
+        on=("mesh",),
     ),
-    "sample": Stage(sample, ("sample", "records"), "samples/train samples/heldout"),
+    "sample": Stage(
+        sample, ("sample", "records"), "samples/train samples/heldout", on=("sampling_mesh",)
+    ),
     "label": Stage(label, (), "labels/train labels/heldout"),
-    "verify": Stage(verify, ("verify",), "verifier metrics/verifier.jsonl"),
-    "score": Stage(score, ("score",), "samples/test samples/greedy scores"),
+    "verify": Stage(verify, ("verify",), "verifier metrics/verifier.jsonl", on=("mesh",)),
+    "score": Stage(
+        score, ("score",), "samples/test samples/greedy scores", on=("sampling_mesh", "mesh")
+    ),
     "rank": Stage(rank_, ("rank",), "labels/test labels/greedy results.json", alone=True),
     "report": Stage(report, ("report",), "report.html", alone=True),
 }

@@ -247,6 +247,12 @@ def test_a_search_takes_the_word_that_decodes_faster(
     assert config.mesh.sampling == "same"
 
 
+def test_what_does_not_fit_the_devices_at_hand_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan.CHIPS, "v9", plan.Chip("cpu", 1, 1e12, 1e12, 1e12, "8"))
+    found = list(plan.lines(tiny(), None))
+    assert found[-1] == "It doesn't fit. --topology=v9 finds the smallest slice."
+
+
 def test_a_plan_of_the_devices_at_hand() -> None:
     found = list(plan.lines(tiny(**{"mesh.fsdp": 2, "mesh.tensor": 2}), None))
     mesh = "data=2 fsdp=2 tensor=2"

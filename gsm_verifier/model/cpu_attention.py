@@ -84,9 +84,9 @@ def available() -> bool:
         names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES]
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        told = told or [type(error).__name__]
-        reason = next((line for line in told if "error" in line), told[0])  # not where it stands
+        told = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
+        lines = told.splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])  # not where it stands
         warnings.warn(
             "attention on CPU is computed in JAX, several times slower than in C++, which can't be "
             f"compiled (by c++, or what CXX names) or loaded: {reason}",
