@@ -26,6 +26,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
+        "etils[epath]>=1.11",
         "flax>=0.12",
         "grain>=0.2.18",
         "importlib_resources>=6.4",  # tensorflow-datasets imports it and doesn't ask for it
@@ -46,6 +47,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "gs": [
+            "gcsfs>=2026.4",
+            "google-cloud-storage>=2.18",
+        ],  # by the second, orbax and tensorboardX
         "hf": ["huggingface_hub>=0.30", "gguf>=0.10"],
         "test": TEST,
         "bench": ["torch>=2.6", "transformers>=5.0"],  # what a user would run instead
