@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TEST = [
+    "gcsfs>=2026.4",  # without it, tests of buckets are skipped
     "hypothesis>=6.100",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
