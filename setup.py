@@ -48,10 +48,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "gs": [
-            "gcsfs>=2026.4",
-            "google-cloud-storage>=2.18",
-        ],  # by the second, orbax and tensorboardX
+        # orbax and tensorboardX use the second
+        "gs": ["gcsfs>=2026.4", "google-cloud-storage>=2.18"],
         "hf": ["huggingface_hub>=0.30", "gguf>=0.10"],
         "test": TEST,
         "bench": ["torch>=2.6", "transformers>=5.0"],  # what a user would run instead
