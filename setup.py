@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TEST = [
+    "gcsfs>=2026.4",  # without it, tests of buckets are skipped
     "hypothesis>=6.100",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -26,6 +27,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
+        "etils[epath]>=1.11",
         "flax>=0.12",
         "grain>=0.2.18",
         "importlib_resources>=6.4",  # tensorflow-datasets imports it and doesn't ask for it
@@ -46,6 +48,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        # orbax and tensorboardX use the second
+        "gs": ["gcsfs>=2026.4", "google-cloud-storage>=2.18"],
         "hf": ["huggingface_hub>=0.30", "gguf>=0.10"],
         "test": TEST,
         "bench": ["torch>=2.6", "transformers>=5.0"],  # what a user would run instead

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gsm_verifier import sharding
+from gsm_verifier import sharding, storage
 from gsm_verifier.config import default, validate
 from gsm_verifier.model import hf
 from gsm_verifier.model.attention import Packed
@@ -231,7 +231,7 @@ def load(
       ValueError: nothing of the kind is there, or it can't be read.
     """
     mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    folder = Path(path)
+    folder = storage.path(path)
     keys = _keys(folder)
     if keys and "model_type" not in keys and (folder / "generator").is_dir():
         return _of_run(folder, "generator", keys, mesh)

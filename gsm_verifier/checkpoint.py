@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from gsm_verifier import processes
+from gsm_verifier import processes, storage
 
 _COMMITTED = "_CHECKPOINT_METADATA"  # orbax itself takes any folder with a number for a checkpoint
+_WHOLE = "commit_success.txt"  # the last file of a checkpoint, by which orbax knows one in a bucket
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -57,7 +58,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 1):
-        self._folder = Path(folder).absolute()
+        folder = storage.path(folder)
+        self._folder = folder if storage.in_bucket(folder) else folder.absolute()
         if processes.first():
             self._quarantine()
         processes.wait_for_all(f"{self._folder} is in order")
@@ -65,15 +67,24 @@ class Checkpoints:
             self._checkpointer = ocp.training.Checkpointer(
                 self._folder,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,
+                # In a bucket it would take any folder for a checkpoint half saved, and delete it.
+                cleanup_tmp_directories=not storage.in_bucket(self._folder),
             )
 
     def _quarantine(self) -> None:
-        """A step without its metadata would silently block every later save."""
+        """A step without its metadata would silently block every later save.
+
+        In a bucket, where a checkpoint has its name from the start, a killed save leaves a step
+        that isn't whole; it is deleted.
+        """
         if not self._folder.is_dir():
             return
         for step in self._folder.iterdir():
-            if step.name.isdecimal() and not (step / _COMMITTED).is_file():
+            if not step.name.isdecimal():
+                continue
+            if storage.in_bucket(step) and not (step / _WHOLE).is_file():
+                step.rmtree()
+            elif not (step / _COMMITTED).is_file():
                 names = (f"damaged-{step.name}" + f".{i}" * (i > 0) for i in itertools.count())
                 step.rename(next(p for n in names if not (p := step.with_name(n)).exists()))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import app
 
+from gsm_verifier import storage
 from gsm_verifier.pipeline import METHODS
 
 
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
     if not argv[1:]:
         raise app.UsageError("name the work directories of runs")
     try:
-        print(table([Path(name) for name in argv[1:]]))
+        print(table([storage.path(name) for name in argv[1:]]))
     except ValueError as error:
         sys.exit(f"gsm_verifier: {error}")
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from gsm_verifier import storage
+
 _RUN = flags.DEFINE_string("run", None, "Work directory of a run.")
 _MODEL = flags.DEFINE_enum(
     "model", "generator", ["pretrained", "generator", "baseline", "verifier"], "Which model."
@@ -37,6 +39,8 @@ def export(run_folder: Path, name: str, to: Path, dtype: str) -> None:
     from gsm_verifier.model import hf
     from gsm_verifier.stages import Run
 
+    if storage.in_bucket(to):
+        raise ValueError(f"{to}: write to a folder of this machine, and copy that to the bucket")
     path = run_folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{run_folder} is no run's work directory: it has no config.json")
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]}")
     logging.set_verbosity(logging.WARNING)
     try:
-        export(Path(_RUN.value), _MODEL.value, Path(_TO.value), _DTYPE.value)
+        export(storage.path(_RUN.value), _MODEL.value, storage.path(_TO.value), _DTYPE.value)
     except ValueError as error:
         sys.exit(f"gsm_verifier: {error}")
     print(f"wrote {_TO.value}")

@@ -8,15 +8,15 @@ Every key of the config can be overridden: --config.sample.temperature=1.0
 import os
 import signal
 import sys
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gsm_verifier import storage
 from gsm_verifier.config import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: what to run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes it.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, or gs://...; a rerun resumes.")
 _SOME = "Some of prepare, pretrain, finetune, sample, label, verify, score, rank, report."
 _STAGES = flags.DEFINE_list("stages", None, _SOME)
 _PLAN = flags.DEFINE_bool("plan", False, "Run nothing: what would fit, and how long it would take.")
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend
     try:
         validate(config := _CONFIG.value)
+        folder = storage.path(_WORKDIR.value or "")
     except (ValueError, OSError) as error:  # before the seconds it takes to import what follows
         sys.exit(f"gsm_verifier: {error}")
     import jax
@@ -42,8 +43,6 @@ def main(argv: list[str]) -> None:
     from gsm_verifier.train.loop import Stopped
 
     try:
-        if "://" in (_WORKDIR.value or ""):
-            raise ValueError(f"--workdir={_WORKDIR.value}: a folder is wanted; mount the bucket")
         sharding.configure(config.mesh.cpu_devices)
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         if _DISTRIBUTED.value or told != (None, None, None):
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
                 print(line, flush=True)
         else:
             stages = _STAGES.value or list(pipeline.STAGES)
-            pipeline.run_stages(config, Path(_WORKDIR.value), stages)
+            pipeline.run_stages(config, folder, stages)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
             raise

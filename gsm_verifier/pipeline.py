@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gsm_verifier import processes, provenance, records
+from gsm_verifier import processes, provenance, records, storage
 from gsm_verifier.config import default, leaves, validate
 from gsm_verifier.stages import STAGES, Run, keys_read
 
@@ -71,7 +71,7 @@ def _run_stage(run: Run, name: str) -> None:
     if processes.first():
         _write_marker(run, name, "started")
     # The first process alone looks: of a thousand, all would list a shared file system.
-    before = set(run.folder.rglob("*")) if processes.first() else set()
+    before = storage.below(run.folder) if processes.first() else set()
     began = time.perf_counter()
     try:
         if processes.first() or not stage.alone:
@@ -79,7 +79,7 @@ def _run_stage(run: Run, name: str) -> None:
     except (ValueError, FileNotFoundError):
         # What made nothing, or makes it all anew, may be begun again with a mended config.
         if processes.first():
-            made = resumed or set(run.folder.rglob("*")) - before
+            made = resumed or storage.below(run.folder) - before
             if stage.alone or not made:
                 started.unlink()
         raise

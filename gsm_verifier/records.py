@@ -7,9 +7,8 @@ the shards that exist. Its row groups are whole problems, so that a few can be r
 others.
 """
 
+import contextlib
 import itertools
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from gsm_verifier.storage import write_atomically
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,6 @@ REPEATED = ["problem", "text", "tokens.list.element", "answer"]
 GROUP = 500  # rows of a row group at least: with few, its headers weigh on the file
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none: temporary name, fsync, rename.
-
-    The name is no other writer's, on whatever host of a shared file system.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write(path: Path, kind: type[Record], rows: Sequence[Record]) -> None:
     """Write one shard."""
     _write_table(path, pa.Table.from_pylist([vars(row) for row in rows], schema=SCHEMAS[kind]))
@@ -146,6 +133,13 @@ def _write_table(path: Path, table: pa.Table) -> None:
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    """A shard to read parts of, wherever it is."""
+    with path.open("rb") as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+        yield file
+
+
 def _group_ends(file: pq.ParquetFile) -> list[int]:
     """Where the row groups of a shard end; the first number, 0, is where they begin."""
     sizes = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
@@ -164,7 +158,7 @@ def read_table(
       ValueError: a missing, damaged or foreign file; names it and the mend.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with _open(path) as file:
             whole = range(file.metadata.num_rows)
             rows = whole if rows is None else rows
             ends = _group_ends(file)
@@ -282,7 +276,7 @@ def places(run: Path, split: str) -> list[tuple[str, range]]:
     """The row groups of a split's samples, in order, as `tables` wants them."""
     found = []
     for path in shards(run / FOLDERS[Completion] / split):
-        with pq.ParquetFile(path) as file:
+        with _open(path) as file:
             ends = _group_ends(file)
         found += [(path.name, range(*rows)) for rows in itertools.pairwise(ends)]
     return found

@@ -33,7 +33,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ml_collections import ConfigDict
 
-from gsm_verifier import checkpoint, metrics, processes, provenance, rank, records, sharding
+from gsm_verifier import (
+    checkpoint,
+    metrics,
+    processes,
+    provenance,
+    rank,
+    records,
+    sharding,
+    storage,
+)
 from gsm_verifier.config import leaves
 from gsm_verifier.data import documents, synthetic
 from gsm_verifier.data import problems as problems_io
@@ -130,7 +139,7 @@ class Run:
     def problems(self, split: str) -> list[Problem]:
         """The problems of a split; there may be no held-out ones."""
         folder = self.folder / "problems"
-        if split == "heldout" and not (folder / "heldout.jsonl").stat().st_size:
+        if split == "heldout" and not (folder / "heldout.jsonl").read_bytes():
             return []
         return problems_io.load(folder, split)
 
@@ -145,7 +154,7 @@ class Run:
         """The run whose model the verifier is made of: this one, or one of another size."""
         if not self.config.verify.run:
             return self
-        folder = Path(self.config.verify.run)
+        folder = storage.path(self.config.verify.run)
         try:
             keys = json.loads((folder / "config.json").read_bytes())
             same = (folder / "tokenizer.json").read_bytes()
@@ -753,7 +762,7 @@ def report(run: Run) -> None:
     }
     logs = {name: rows for name, rows in logs.items() if rows}
     html = page.render(results, logs, _browsed(run), title=run.folder.name)
-    page.write(run.folder / "report.html", html)
+    storage.write_atomically(run.folder / "report.html", html.encode())
 
 
 def _browsed(run: Run) -> list[page.BrowsedProblem]:

@@ -19,7 +19,7 @@ usage() {
 usage: [NAME=VALUE...] sbatch [SBATCH OPTION...] launch/slurm.sh FLAG...
 
 from the checkout, which all nodes must see. FLAG... are those of gsm_verifier.main: --config and
---workdir at least; the work directory must be a folder that all nodes see.
+--workdir at least; the work directory must be a folder that all nodes see, or gs://<bucket>/<run>.
 
   MODULES="cuda python"   modules to load
   VENV=DIR                virtual environment to use (default: .venv, if it exists)

@@ -25,7 +25,7 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION...] [-- FLAG...
   --dry-run                  print every gcloud command instead of running it
 
 FLAG... are those of gsm_verifier.main: --config and --workdir at least. The work directory must be
-a folder that all workers see.
+a folder that all workers see, or gs://<bucket>/<run>, for which nothing has to be mounted.
 EOF
 }
 
@@ -66,7 +66,6 @@ flags=("$@")
 if [[ $verb == run || $verb == up ]]; then
     [[ " ${flags[*]}" == *" --config="* && " ${flags[*]}" == *" --workdir="* ]] ||
         fail "give gsm_verifier.main's --config=... and --workdir=... after --"
-    [[ " ${flags[*]}" != *" --workdir=gs://"* ]] || fail "--workdir is a folder: see --nfs"
 fi
 
 # Every gcloud command goes through here, and is shown.
@@ -129,7 +128,7 @@ create() {
 # In the home directory. The runtime's own Python is older than the 3.11 that is needed: uv brings one.
 SETUP='python3 -m pip install --quiet --user uv
 test -d venv || ~/.local/bin/uv venv --quiet --python=3.11 venv
-~/.local/bin/uv pip install --quiet --python=venv/bin/python --editable "./gsm_verifier[tpu]"'
+~/.local/bin/uv pip install --quiet --python=venv/bin/python --editable "./gsm_verifier[tpu,gs]"'
 
 # shellcheck disable=SC2016  # expands on the workers
 CLONE='git init --quiet gsm_verifier

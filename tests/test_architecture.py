@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A room imports itself and rooms on lower floors.
 FLOORS: list[set[str]] = [
+    {"storage"},
     {"records", "text", "config", "statistics", "metrics", "provenance", "processes"},
     {"data", "sharding", "rank"},
     {"checkpoint"},
@@ -26,7 +27,17 @@ FLOORS: list[set[str]] = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STRANGERS = {("score", "sample"), ("score", "report")}  # though on different floors
 
-WITHOUT_JAX = {"text", "data", "rank", "statistics", "records", "report", "config", "metrics"}
+WITHOUT_JAX = {
+    "storage",
+    "text",
+    "data",
+    "rank",
+    "statistics",
+    "records",
+    "report",
+    "config",
+    "metrics",
+}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FRAMEWORKS = {"tensorflow", "torch", "tf_keras", "keras", "tensorflow_text"}
 CODE_FROM_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -246,6 +246,16 @@ def test_install_mounts_the_work_directory_and_can_clone(world) -> None:
     assert (world.home / "gsm_verifier" / "setup.py").is_file()
 
 
+def test_a_bucket_needs_no_mount(world) -> None:
+    flags = ["--config=configs/gsm8k.py:tiny", "--workdir=gs://bucket/run"]
+    done = pod(world, "up", "--poll=0.05", "--", *flags)
+    assert done.code == 0, done.err
+    assert runs(world) == [["--distributed", *flags]]
+    assert not world.calls("sudo")
+    (installed,) = [words for words in world.calls("uv") if words[0] == "pip"]
+    assert installed[-1] == "./gsm_verifier[tpu,gs]"
+
+
 def test_logs_follow_worker_0_and_delete_deletes(world) -> None:
     for verb in ("logs", "delete"):
         assert pod(world, verb, "--dry-run").code == 0
@@ -274,7 +284,6 @@ def test_a_dry_run_shows_every_command_and_runs_none(world) -> None:
         (["create", *SLICE, "--size=3"], "unknown option --size=3"),
         (["run", *SLICE], "--config"),
         (["run", *SLICE, "--", "--config=c"], "--workdir"),
-        (["up", *SLICE, "--", "--config=c", "--workdir=gs://b/r"], "--nfs"),
     ],
     ids=str,
 )
@@ -558,7 +567,7 @@ def test_two_processes_meet_and_see_each_others_devices(tmp_path: Path) -> None:
         (["--process=0"], "go together"),
         (["--distributed"], "--coordinator"),
         (["--coordinator=127.0.0.1:9", "--processes=2", "--process=2"], "process_id"),
-        (["--workdir=gs://bucket/run"], "gs://bucket/run"),
+        (["--workdir=s3://bucket/run"], "s3://bucket/run"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )

@@ -1,5 +1,6 @@
 """The whole paper by the command line: what a run leaves, and that nothing can spoil it."""
 
+import functools
 import json
 import os
 import re
@@ -10,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bucket
 import pytest
 from ml_collections import ConfigDict
 
-from gsm_verifier import compare, pipeline, records, sharding, stages
+from gsm_verifier import compare, metrics, pipeline, records, sharding, stages
 from gsm_verifier.data import problems
 from gsm_verifier.data.packing import PackedRows
 from gsm_verifier.records import Completion, Label, Score
@@ -46,13 +49,13 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def command(folder: Path, *flags: str, file: str = "configs/quickstart.py:tiny") -> list[str]:
+def command(folder: Path | str, *flags: str, file: str = "configs/quickstart.py:tiny") -> list[str]:
     config = [f"--config={file}", "--config.mesh.cpu_devices=1"]
     return [sys.executable, "-m", "gsm_verifier.main", *config, f"--workdir={folder}", *flags]
 
 
 def run_main(
-    folder: Path, environment: dict[str, str], *flags: str, **file: str
+    folder: Path | str, environment: dict[str, str], *flags: str, **file: str
 ) -> SimpleNamespace:
     done = subprocess.run(
         command(folder, *flags, **file),
@@ -653,9 +656,14 @@ def test_a_file_from_elsewhere_is_checked_before_any_training(finished, tmp_path
 # Killed and begun again
 
 
-def kill_when(folder: Path, environment: dict[str, str], moment: Callable[[], bool]) -> None:
+def kill_when(
+    folder: Path | str,
+    environment: dict[str, str],
+    moment: Callable[[], bool],
+    log: Path | None = None,
+) -> None:
     """Start a run and SIGKILL it as soon as `moment` is true."""
-    log = folder.parent / "killed.log"
+    log = log or Path(folder).parent / "killed.log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
             command(folder), env=environment, cwd=REPOSITORY, stdout=out, stderr=out
@@ -732,6 +740,82 @@ def test_two_runs_are_equal_and_two_seeds_differ(finished, tmp_path: Path, envir
     assert list(ours) == list(theirs)
     assert not [name for name in ours if ours[name] == theirs[name]]
     assert results_of(tmp_path / "other")["seed"] == 1
+
+
+# In a bucket
+
+
+needs_gcsfs = pytest.mark.skipif(not find_spec("gcsfs"), reason="gcsfs isn't installed")
+
+
+def losses(folder: Path) -> dict[str, list[Any]]:
+    return {
+        path.stem: [(row["step"], row["loss"]) for row in metrics.read(path)]
+        for path in sorted((folder / "metrics").glob("*.jsonl"))
+    }
+
+
+@needs_gcsfs
+def test_a_run_in_a_bucket_is_the_same_run(finished, tmp_path: Path, environment) -> None:
+    with bucket.serve() as server:
+        environment = environment | server.environment
+        done = run_main("gs://bucket/run", environment)
+        assert done.code == 0, done.err
+        assert done.out.splitlines()[-1] == "report: gs://bucket/run/report.html"
+        server.save(tmp_path)
+        before = dict(server.objects)
+        done = run_main("gs://bucket/run", environment, "--config.seed=1")
+        assert done.code == 1
+        assert "gs://bucket/run was made with another config: seed was 0" in done.err
+        assert server.objects == before
+    folder = tmp_path / "run"
+    same_run(folder, finished.folder)
+    assert losses(folder) == losses(finished.folder)
+    ours, theirs = (
+        {str(p.relative_to(f)) for p in [*f.glob("*"), *f.glob("*/*")] if p.is_file()}
+        for f in (folder, finished.folder)
+    )
+    assert ours == theirs
+    assert (folder / "pretrained/training/15/_CHECKPOINT_METADATA").is_file()
+    assert any((folder / "metrics/tensorboard/verifier").iterdir())
+
+
+@needs_gcsfs
+@pytest.mark.slow
+def test_a_run_killed_in_a_bucket_goes_on_and_is_read(
+    finished, tmp_path: Path, environment
+) -> None:
+    with bucket.serve() as server:
+        environment = environment | server.environment
+        moments = "pretrained/training/5/commit_success.txt samples/train/00000-of-00003.parquet"
+        for name in moments.split():
+            moment = functools.partial(server.objects.__contains__, f"run/{name}")
+            kill_when("gs://bucket/run", environment, moment, tmp_path / "log")
+        first = next(line for line in (tmp_path / "log").read_text().splitlines() if "%" in line)
+        assert re.search(r"pretrain: .* ([5-9]|1\d)/", first)
+        done = run_main("gs://bucket/run", environment)
+        assert done.code == 0, done.err
+        server.save(tmp_path)
+        same_run(tmp_path / "run", finished.folder)
+        assert losses(tmp_path / "run") == losses(finished.folder)
+
+        def call(module: str, *words: Any) -> SimpleNamespace:
+            return subprocess.run(
+                [sys.executable, "-m", f"gsm_verifier.{module}", *map(str, words)],
+                env=environment,
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+
+        compared = call("compare", "gs://bucket/run", finished.folder)
+        assert "N = 10 | run | whole | mean |" in compared.stdout, compared.stderr
+        wrote = call("export", "--run=gs://bucket/run", f"--to={tmp_path / 'hf'}")
+        assert (tmp_path / "hf/model.safetensors").is_file(), wrote.stderr
+        refused = call("export", "--run=gs://bucket/run", "--to=gs://bucket/hf")
+        assert refused.returncode == 1
+        assert "write to a folder of this machine" in refused.stderr
 
 
 def test_runs_are_compared_in_one_table(finished, tmp_path: Path) -> None:

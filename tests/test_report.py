@@ -5,7 +5,6 @@ import itertools
 import math
 import random
 import re
-import stat
 from html.parser import HTMLParser
 from typing import Any
 
@@ -469,15 +468,3 @@ def test_long_curves_are_thinned_to_means() -> None:
     assert len(thinned) <= 240
     assert sum(value for _, value in thinned) / len(thinned) == pytest.approx(0.5, abs=0.05)
     assert list(page._thinned(rows[:10])) == rows[:10]
-
-
-def test_write_replaces_whole_files(tmp_path: Any) -> None:
-    path = tmp_path / "report.html"
-    page.write(path, "old")
-    page.write(path, "new ⟨½⟩\n")
-    assert path.read_bytes() == "new ⟨½⟩\n".encode()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    with pytest.raises(UnicodeEncodeError):
-        page.write(path, "\ud800")
-    assert path.read_text(encoding="utf-8") == "new ⟨½⟩\n"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]

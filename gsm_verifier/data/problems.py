@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from gsm_verifier.records import Problem, write_atomically
+from gsm_verifier import storage
+from gsm_verifier.records import Problem
 from gsm_verifier.text import answers
 
 _EXAMPLE = '{"question": "...", "answer": "... #### 42"}'
@@ -41,7 +41,7 @@ def load(
         from gsm_verifier.data import gsm8k  # imports TFDS, which no other source needs
 
         return gsm8k.load(split, data_dir)
-    path = Path(path_or_name)
+    path = storage.path(path_or_name)
     if path.is_dir():
         path = path / f"{split}.jsonl"
     if not path.is_file():
@@ -63,7 +63,7 @@ def save(problems: Sequence[Problem], path: str | os.PathLike[str]) -> None:
     """Writes problems as GSM8K's JSON lines with a key "id" in front, all or nothing."""
     rows = [{"id": p.id, "question": p.question, "answer": p.solution} for p in problems]
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    write_atomically(Path(path), lines)
+    storage.write_atomically(storage.path(path), lines)
 
 
 def held_out(problems: Sequence[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:

@@ -7,12 +7,9 @@ autoescaping.
 
 import json
 import math
-import os
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -231,27 +228,6 @@ def render(
             valued=any(shown.values for problem in browsed for shown in problem.completions),
         )
     )
-
-
-def write(path: str | os.PathLike[str], html: str) -> None:
-    """Writes the page so that a reader sees the old one or the whole new one, never a part."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp lets only its owner read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def visible(text: str) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from gsm_verifier import storage
+
 END_OF_TEXT = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; names its end-of-text token
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
@@ -90,11 +92,11 @@ class Tokenizer:
         Raises:
           ValueError: no such file, not a tokenizer, or one without its end token; names the path.
         """
-        path = Path(path)
+        path = storage.path(path)
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: give the path of a tokenizer.json")
         try:
-            backend = Backend.from_file(str(path))
+            backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         try:
@@ -133,9 +135,10 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, and beside it which token ends a text."""
-        self._backend.save(str(path))
+        path = storage.path(path)
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         named = json.dumps({"eos_token": self.end_token}, indent=1)
-        Path(path).with_name(CONFIG).write_text(named, encoding="utf-8")
+        path.with_name(CONFIG).write_text(named, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

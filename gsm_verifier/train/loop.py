@@ -261,6 +261,7 @@ def fit(
             bar.update()
             stop = termination.asked()
             if stop or (done % options.checkpoint_every == 0 and done < cut.steps):
+                log.flush()
                 checkpoints.save(done, state)
             if stop:
                 bar.close()
