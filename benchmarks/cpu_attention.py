@@ -24,7 +24,7 @@ from gsm_verifier.model import cpu_attention
 from gsm_verifier.model.attention import BranchCache, Branches, Look, by_rows
 
 K, G, H = 3, 3, 64
-P, C, S, W = 8, 20, 96, 240  # of the sampler
+P, C, S, W, J = 8, 20, 96, 60, 4  # of the sampler
 OLDEST = 120  # ages are spread evenly from 0 to it
 LAYERS = 4
 B, T, PROBLEM = 2, 1024, 190  # of whole rows: packed problems of so many positions
@@ -34,9 +34,11 @@ Calls = dict[str, Callable[[], Any]]
 
 def step(normal: Callable[..., jax.Array], rng: np.random.Generator) -> Calls:
     """A step of all slots of the sampler."""
-    shapes = ((P, K, S, H), (P, K, S, H), (P, C, K, W, H), (P, C, K, W, H))
+    prompt, own = (P, K, S, H), (P, C * J, K, W, H)
+    shapes = (prompt, prompt, own, own)
     length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
-    slots = Branches(jnp.int32(length_P), jnp.int32(age_PC))
+    table_PCJ = np.stack([rng.permutation(C * J).reshape(C, J) for _ in range(P)])
+    slots = Branches(jnp.int32(length_P), jnp.int32(age_PC), jnp.int32(table_PCJ))
     new = (normal(P, C, K, G, H), normal(P, C, K, H), normal(P, C, K, H))
 
     def calls(way: Callable[..., Any]) -> Callable[[], Any]:
@@ -51,7 +53,7 @@ def step(normal: Callable[..., jax.Array], rng: np.random.Generator) -> Calls:
 
         return call
 
-    return {"kernel": calls(slots._kernel), "jax": calls(slots._segments)}
+    return {"kernel": calls(slots._kernel), "jax": calls(slots._pages)}
 
 
 def rows(normal: Callable[..., jax.Array], gradient: bool) -> Calls:

@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mesh.cpu_devices": (1, 4096),
     "sample.temperature": (1e-3, 100.0),
     "sample.top_p": (1e-6, 1.0),
+    "sample.kept_share": (0.01, 1.0),
     "verify.initial_value": (0.01, 0.99),
 }
 RANGES |= {
@@ -167,6 +168,7 @@ def default() -> ConfigDict:
             prompts=16,  # P: problems in flight
             slots=16,  # C: completions of each in flight
             chunk_steps=16,  # most steps between two looks of the host
+            kept_share=1.0,  # room for completions in flight, of what all at max_tokens would need
         )
     )
     config.verify = training(

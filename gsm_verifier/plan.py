@@ -241,10 +241,11 @@ class Programs:
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
         prefill, advance = engine.programs(model, mesh, sampling)
         params = _parameters(mesh, model, cast=True)
-        slots = decode.slot_shapes(model, mesh, P, C, S, options.max_tokens)
+        pages = sampling.pages(C)
+        slots = decode.slot_shapes(model, mesh, P, C, S, pages)
         orders = jax.tree.map(
             lambda x: _array(mesh, "PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
-            decode.no_orders(P, C),
+            decode.no_orders(P, C, pages.J),
         )
         prompts = (("BT", B, S), ("B", B), ("B", B))
         prompts = tuple(_array(mesh, letters, np.int32, *shape) for letters, *shape in prompts)

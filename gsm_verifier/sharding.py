@@ -9,11 +9,12 @@ strings, and here, as logical sharding axes.
 | T | positions computed | | L | layers |
 | S | positions attended to | | P | prompts in flight (sampler) |
 | D | width | | C | completion slots of a prompt (sampler) |
-| F | feed-forward width | | W | window of a branch's own cache (sampler) |
+| F | feed-forward width | | W | positions of a page (sampler) |
 | N | query heads | | M | completions of a problem (host) |
 | K | key/value heads | | R | rows of a record shard (host) |
 | G | query heads per key/value head | | A | accumulated microbatches |
-| H | head size | | | |
+| H | head size | | Z | pages of a prompt's branches (sampler) |
+| | | | J | pages of one branch (sampler) |
 
 A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded over their width) and
 `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
@@ -41,7 +42,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "N": ("tensor",),
     "K": ("tensor",),
     "V": ("tensor",),
-} | dict.fromkeys("ATSGHLCWM", ())
+} | dict.fromkeys("ATSGHLCWMZJ", ())
 
 
 def configure(cpu_devices: int) -> None:

@@ -12,33 +12,52 @@ import pytest
 
 from gsm_verifier import sharding
 from gsm_verifier.model import cpu_attention
-from gsm_verifier.model.attention import BranchCache, Branches, Look, Packed, by_rows
+from gsm_verifier.model.attention import (
+    CACHE,
+    NOWHERE,
+    BranchCache,
+    Branches,
+    Look,
+    Packed,
+    by_rows,
+)
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the kernel is compiled by c++"
 )
-LETTERS = ("BTKGH", "BTKH", "BTKH", "BKSH", "BKSH", "BTKSH", "BTKSH", "B", "BT")
+LETTERS = ("BTKGH", "BTKH", "BTKH", *CACHE, "B", "BT", "BTJ")
 
 
-def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int) -> list[np.ndarray]:
-    """Arrays of LETTERS; prompts from 0 to S positions, ages from 0 to W, which a done slot has.
+def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int, J: int = 3) -> list[np.ndarray]:
+    """Arrays of LETTERS; prompts from 0 to S positions, slots with the pages they need.
 
-    What a slot doesn't see is so large that it would show.
+    Ages are from 0 to J * W, which a done slot has. What a slot doesn't see is so large that it
+    would show.
     """
     rng = np.random.default_rng(0)
-    new, prompt, own = (B, T, K, H), (B, K, S, H), (B, T, K, W, H)
+    Z = T * J + 1
+    new, prompt, own = (B, T, K, H), (B, K, S, H), (B, Z, K, W, H)
     shapes = ((B, T, K, G, H), new, new, prompt, prompt, own, own)
     # Of numbers that are bfloat16 too.
     arrays = [np.asarray(jnp.bfloat16(rng.normal(size=s)), np.float32) for s in shapes]
     prompt_k, prompt_v, own_k, own_v = arrays[3:]
     length_B = np.linspace(0, S, B).round().astype(np.int32)
-    age_BT = (np.arange(B * T, dtype=np.int32) * 7 % (W + 1)).reshape(B, T)
+    age_BT = (np.arange(B * T, dtype=np.int32) * 7 % (J * W + 1)).reshape(B, T)
+    dealt_BTJ = np.stack([rng.permutation(Z)[: T * J].reshape(T, J) for _ in range(B)])
+    table_BTJ = np.where(np.arange(J) <= age_BT[..., None] // W, dealt_BTJ, NOWHERE)
     for b, length in enumerate(length_B):
         prompt_k[b, :, length:] = prompt_v[b, :, length:] = 1e3
-        for t, age in enumerate(age_BT[b]):
+        for t, j in np.ndindex(T, J):
             # What is at its age is about to be replaced.
-            own_k[b, t, :, age:] = own_v[b, t, :, age:] = 1e3
-    return [*arrays, length_B, age_BT]
+            unseen = slice(max(age_BT[b, t] - j * W, 0), None)
+            own_k[b, dealt_BTJ[b, t, j], :, unseen] = 1e3
+            own_v[b, dealt_BTJ[b, t, j], :, unseen] = 1e3
+    return [*arrays, length_B, age_BT, table_BTJ.astype(np.int32)]
+
+
+def running(arrays: list[Any]) -> np.ndarray:
+    """Which slots of an example aren't done, [B, T]."""
+    return np.asarray(arrays[-2]) < arrays[-1].shape[2] * arrays[5].shape[3]
 
 
 def both(
@@ -49,18 +68,17 @@ def both(
 
     @jax.jit
     def outs(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
-        *cache, length_B, age_BT = rest
-        context, seen = Branches(length_B, age_BT), Look(length_B[:, None] + age_BT, **look)
+        *cache, length_B, age_BT, table_BTJ = rest
+        slots = Branches(length_B, age_BT, table_BTJ)
+        seen = Look(length_B[:, None] + age_BT, **look)
         kept = BranchCache(*(x.astype(dtype) for x in cache))
-        return [step(q, k, v, kept, seen) for step in (context._kernel, context._segments)]
+        return [step(q, k, v, kept, seen) for step in (slots._kernel, slots._pages)]
 
-    (kernel, ours), (segments, theirs) = jax.tree.map(np.asarray, outs(*arrays))
-    running = np.asarray(arrays[-1]) < arrays[-3].shape[3]
+    (kernel, ours), (pages, theirs) = jax.tree.map(np.asarray, outs(*arrays))
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
-        np.testing.assert_array_equal(*(x[running] if x.ndim == 5 else x for x in (a, b)))
-    # One that is done writes nowhere by the kernel, and over its last position in JAX.
-    return kernel[running], segments[running]
+        np.testing.assert_array_equal(a, b)
+    return kernel[running(arrays)], pages[running(arrays)]
 
 
 @needs_compiler
@@ -74,11 +92,11 @@ def both(
 )
 def test_the_kernel_is_the_attention_in_jax(K: int, G: int, H: int, S: int, W: int) -> None:
     B = 4
-    arrays = example(B, -(-(W + 1) // B), K, G, H, S, W)
-    assert set(arrays[-1].flat) == set(range(W + 1))
-    kernel, segments = both(arrays)
-    np.testing.assert_allclose(kernel, segments, atol=1e-5)
-    assert np.abs(segments).max() < 10  # nothing hidden was seen
+    arrays = example(B, -(-(3 * W + 1) // B), K, G, H, S, W)
+    assert set(arrays[-2].flat) == set(range(3 * W + 1))
+    kernel, pages = both(arrays)
+    np.testing.assert_allclose(kernel, pages, atol=1e-5)
+    assert np.abs(pages).max() < 10  # nothing hidden was seen
     narrow, _ = both(arrays, "bfloat16")
     np.testing.assert_allclose(narrow, kernel, atol=1e-6)  # of the same numbers
 
@@ -93,7 +111,7 @@ def test_windows_and_a_scale(window: int) -> None:
 @needs_compiler
 def test_every_length_of_a_prompt() -> None:
     arrays = example(33, 1, 1, 3, 32, 32, 16)
-    assert arrays[-2].tolist() == list(range(33))
+    assert arrays[-3].tolist() == list(range(33))
     np.testing.assert_allclose(*both(arrays), atol=1e-5)
 
 
@@ -107,9 +125,29 @@ def test_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
             jax.device_put(x, sharding.named(mesh, letters))
             for x, letters in zip(arrays, LETTERS, strict=True)
         ]
-        kernel, segments = both(placed)
+        kernel, pages = both(placed)
     np.testing.assert_array_equal(kernel, alone)
-    np.testing.assert_allclose(kernel, segments, atol=1e-5)
+    np.testing.assert_allclose(kernel, pages, atol=1e-5)
+
+
+@needs_compiler
+def test_a_slot_without_a_page_is_left_out() -> None:
+    """Both ways it writes nothing, which `both` compares, and changes nothing for the others."""
+    arrays = example(4, 7, 2, 2, 16, 8, 6)
+    waits = np.arange(28).reshape(4, 7) % 3 == 1
+    waits[1] = True  # all slots of a prompt
+    table_BTJ = arrays[-1].copy()
+    last_BT = np.minimum(arrays[-2] // 6, 2)
+    others = np.take_along_axis(table_BTJ, last_BT[..., None], -1)
+    np.put_along_axis(
+        table_BTJ, last_BT[..., None], np.where(waits[..., None], NOWHERE, others), -1
+    )
+    full, some = both(arrays), both([*arrays[:-1], table_BTJ])
+    stay = ~waits[running(arrays)]
+    assert 0 < stay.sum() < stay.size
+    for a, b in zip(full, some, strict=True):
+        np.testing.assert_allclose(a[stay], b[stay], atol=1e-6)
+    assert not some[0][~stay].any()
 
 
 def rows_example(B: int, T: int, K: int, G: int, H: int, seed: int = 0) -> list[np.ndarray]:
@@ -212,11 +250,12 @@ def test_rows_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
 
 def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
     """Whether one step of every slot does, of caches in `dtype`."""
-    q, k, v, *cache, length_B, age_BT = example(2, 3, 1, 2, 8, 4, 5)
+    q, k, v, *cache, length_B, age_BT, table_BTJ = example(2, 3, 1, 2, 8, 4, 5)
     own = [jnp.asarray(x, dtype) for x in cache]
 
     def step() -> jax.Array:
-        return Branches(length_B, age_BT)(q, k, v, BranchCache(*own), Look(**look))[0]
+        slots = Branches(length_B, age_BT, table_BTJ)
+        return slots(q, k, v, BranchCache(*own), Look(**look))[0]
 
     return cpu_attention.TARGET in str(jax.make_jaxpr(step)())
 

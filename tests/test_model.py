@@ -28,9 +28,10 @@ from gsm_verifier.model.attention import (
     Branches,
     Look,
     Packed,
-    Segment,
-    attend,
     by_rows,
+    part,
+    softmax,
+    union,
 )
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Block, Params, Transformer, rotate, turn
@@ -221,8 +222,8 @@ def oracle_attention(
     return out
 
 
-def test_attend_is_the_softmax_over_the_concatenation_of_its_segments() -> None:
-    """One shared segment, one own segment of each query, and both: against numpy."""
+def test_a_union_of_parts_is_the_softmax_over_their_concatenation() -> None:
+    """A part shared by all queries, one of each query's own, and both: against numpy."""
     rng = np.random.default_rng(0)
     B, T, K, G, H, S, W = 2, 5, 2, 3, 8, 6, 4
 
@@ -235,12 +236,12 @@ def test_attend_is_the_softmax_over_the_concatenation_of_its_segments() -> None:
     sees_shared = rng.random((B, T, S)) < 0.5
     sees_own = rng.random((B, T, W)) < 0.5
     sees_shared[..., 0] = sees_own[..., 0] = True
-    segments = {
-        "shared": Segment(SHARED, *shared, sees_shared[:, None, :, None]),
-        "own": Segment(OWN, *own, sees_own[:, None, :, None]),
+    parts = {
+        "shared": part(q, SHARED, *shared, sees_shared[:, None, :, None]),
+        "own": part(q, OWN, *own, sees_own[:, None, :, None]),
     }
     for names in (["shared"], ["own"], ["shared", "own"], ["own", "shared"]):
-        out = attend(jnp.asarray(q), [segments[n] for n in names])
+        out = softmax(union(jax.tree.map(lambda *x: jnp.stack(x), *(parts[n] for n in names)), 0))
         assert out.shape == q.shape
         for b, kv, g in itertools.product(range(B), range(K), range(G)):
             keys, values = (
@@ -259,9 +260,7 @@ def test_attention_survives_huge_logits_and_rows_that_see_nothing() -> None:
     k = v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4, 8)) * 1e4)
     q = k.reshape(1, 4, 1, 1, 8)
     visible = jnp.tril(jnp.ones((4, 4), bool), -1)[None, None, :, None]  # the first sees nothing
-    out, gradient = jax.value_and_grad(lambda q: attend(q, [Segment(SHARED, k, v, visible)]).sum())(
-        q
-    )
+    out, gradient = jax.value_and_grad(lambda q: softmax(part(q, SHARED, k, v, visible)).sum())(q)
     assert np.isfinite(out)
     assert np.isfinite(gradient).all()
 
@@ -279,7 +278,7 @@ def test_attention_in_blocks_of_queries_is_attention_of_the_whole(T: int) -> Non
 
     def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return attend(q, [Segment(SHARED, k, v, visible[:, None, :, None])], scale=0.5, cap=2.0)
+        return softmax(part(q, SHARED, k, v, visible[:, None, :, None], scale=0.5, cap=2.0))
 
     results = []
     for attention in (in_blocks, whole):
@@ -296,7 +295,7 @@ def test_scale_and_cap_shape_the_logits_by_definition() -> None:
         logits = q[0, :, 0, 0] @ k[0, 0].T * (scale or 8**-0.5)
         logits = cap * np.tanh(logits / cap) if cap else logits
         weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        out = attend(jnp.asarray(q), [Segment(SHARED, k, v, True)], scale, cap)
+        out = softmax(part(jnp.asarray(q), SHARED, k, v, True, scale, cap))
         np.testing.assert_allclose(out[0, :, 0, 0], weights @ v[0, 0], atol=1e-5)
 
 
@@ -304,10 +303,10 @@ def test_a_window_counts_positions_not_places() -> None:
     position_BT = np.array([[0, 1, 2, 3, 2, 3]])  # a question and two branches of it
     visible = np.ones((1, 6, 6), bool)
     for window, reach in ((2, 2), (1, 1), (0, 99)):
-        seen = Look(position_BT, jnp.int32(window)).near(visible, position_BT)
+        seen = Look(position_BT, jnp.int32(window)).near(visible)
         distance = position_BT[0][:, None] - position_BT[0]
         np.testing.assert_array_equal(seen[0], distance < reach)
-    assert Look(position_BT).near(visible, position_BT) is visible
+    assert Look(position_BT).near(visible) is visible
 
 
 def test_grouped_heads_are_shared_heads_repeated() -> None:
@@ -352,7 +351,8 @@ def test_cached_branches_equal_the_whole_sequence(family: str, scan: bool) -> No
     context: Any = Packed(causal(7, 2).visible_BTS, keep=True)
     _, kept = apply(config, params, tokens, position_BT, context)
     K, H, L = config.kv_heads, config.head_size, config.layers
-    stale = jnp.full((2, 3, K, 8, H), 7.0)  # what a finished slot left behind
+    table_PCJ = np.array([[[7, 2], [3, 0], [6, 4]], [[1, 5], [0, 2], [4, 3]]])
+    stale = jnp.full((2, 8, K, 4, H), 7.0)  # what finished slots left behind
     caches: Any = (
         BranchCache(*kept, *[jnp.broadcast_to(stale, (L, *stale.shape))] * 2)
         if scan
@@ -363,7 +363,7 @@ def test_cached_branches_equal_the_whole_sequence(family: str, scan: bool) -> No
     for now in range(6):
         age_PC = np.maximum(now - starts_PC, 0)
         token_PC = np.take_along_axis(branch_PCT, age_PC[..., None], -1)[..., 0]
-        context = Branches(jnp.asarray(length_P - 1), jnp.asarray(age_PC))
+        context = Branches(*map(jnp.asarray, (length_P - 1, age_PC, table_PCJ)))
         position_PC = (length_P - 1)[:, None] + age_PC
         hidden_PCD, caches = apply(config, params, token_PC, position_PC, context, caches)
         for (p, c), hidden_TD in expected.items():

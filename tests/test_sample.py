@@ -17,13 +17,13 @@ from scipy import stats
 
 from gsm_verifier import sharding
 from gsm_verifier.model import cpu_attention, transformer
-from gsm_verifier.model.attention import Packed
+from gsm_verifier.model.attention import NOWHERE, Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.records import Completion
 from gsm_verifier.sample import decode
 from gsm_verifier.sample.decode import Sampling
-from gsm_verifier.sample.engine import Engine, Request
+from gsm_verifier.sample.engine import Engine, Request, _Run
 from gsm_verifier.text import calculator
 from gsm_verifier.text.tokenizer import Tokenizer
 
@@ -267,17 +267,64 @@ def reference(engine: Engine, prompts: dict[str, list[int]]) -> Completions:
         dict(prompts=1, slots=1),
         dict(prompts=3, slots=10, chunk=1),
         dict(prompts=2, slots=3, chunk=64, patience=1000),
+        dict(page=3),
+        dict(slots=10, page=3, chunk=7, kept_share=0.3),
+        dict(slots=10, page=2, kept_share=0.01),  # room for one, if it is long
+        dict(slots=10, page=4, kept_share=0.1, in_jax=True),
     ],
     ids=str,
 )
-def test_a_completion_does_not_depend_on_slots_prompts_in_flight_or_chunks(
-    changes: dict[str, int], config, params, mesh, tokenizer, prompts, common, reference
+def test_a_completion_does_not_depend_on_slots_prompts_in_flight_chunks_or_pages(
+    changes: dict[str, Any],
+    config,
+    params,
+    mesh,
+    tokenizer,
+    prompts,
+    common,
+    reference,
+    monkeypatch,
 ) -> None:
-    other = engine_of(config, params, mesh, tokenizer, end=common, **changes)
+    if changes.get("in_jax"):
+        monkeypatch.setattr(cpu_attention, "available", lambda: False)
+    words = {name: value for name, value in changes.items() if name != "in_jax"}
+    other = engine_of(config, params, mesh, tokenizer, end=common, **words)
     found = collect(other, requests_of(prompts, range(10)))
     assert tokens_of(found) == tokens_of(reference)
     for key, completion in found.items():
         assert completion.logprob == pytest.approx(reference[key].logprob, abs=1e-4)
+
+
+def test_pages_are_dealt_to_one_slot_each_and_come_back(
+    config, params, mesh, tokenizer, prompts, common, monkeypatch
+) -> None:
+    """More slots than there is room for: some wait, the oldest never."""
+    other = engine_of(
+        config, params, mesh, tokenizer, end=common, slots=10, page=3, kept_share=0.2, chunk=4
+    )
+    Z, J, W = other._sampling.pages(10)
+    assert J < Z < 10 * J
+    runs, waited = [], 0
+    deal = _Run._deal
+
+    def watched(run: _Run, orders: decode.Orders) -> None:
+        nonlocal waited
+        runs.append(run)
+        deal(run, orders)
+        for p, held in enumerate(run._held):
+            pages = sorted(itertools.chain(*held, run._free_pages[p]))
+            assert pages == list(range(Z))
+            assert orders.table_PCJ[p][orders.table_PCJ[p] != NOWHERE].size == sum(map(len, held))
+            busy = np.flatnonzero(run._sample[p] >= 0)
+            has = [W * len(held[c]) > run._length[p, c] for c in busy]
+            waited += has.count(False)
+            if len(busy):
+                assert has[run._started[p, busy].argmin()]
+
+    monkeypatch.setattr(_Run, "_deal", watched)
+    collect(other, requests_of(prompts, range(10)))
+    assert waited
+    assert all(sorted(free) == list(range(Z)) for free in runs[-1]._free_pages)
 
 
 def test_a_completion_does_not_depend_on_order_company_or_resumption(

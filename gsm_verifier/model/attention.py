@@ -2,8 +2,12 @@
 
 `Packed` is a whole sequence seeing itself (training, scoring, and the prompt of the sampler).
 `Branches` is one new token for each slot of the sampler, which sees its prompt, stored once for all
-slots of the prompt, and its own branch. Both put their keys and values, as segments, under one
-softmax: that is exact, and in bfloat16 closer to float32 than merging separate softmaxes.
+slots of the prompt, and its own branch.
+
+A branch lies in pages, of which a prompt's slots share fewer than all would need if all were as
+long as they may get: most completions are much shorter, and a step must read all that is kept,
+except by the kernel on CPU. What a query makes of its prompt and of each of its pages is united in
+float32: that is the softmax over all of it.
 """
 
 import functools
@@ -16,20 +20,14 @@ import jax.numpy as jnp
 from gsm_verifier import sharding
 from gsm_verifier.model import cpu_attention
 from gsm_verifier.model.config import ModelConfig
-from gsm_verifier.model.cpu_attention import OWN, SHARED
+from gsm_verifier.model.cpu_attention import PAGES, SHARED
 
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
 LEAST_BLOCK = 32
 HIDDEN = -1e30  # a finite "never": a row that sees nothing must not become NaN
-
-
-class Segment(NamedTuple):
-    """Keys and values under the softmax, SHARED by the queries of a row or each query's OWN."""
-
-    letters: str
-    k: jax.Array
-    v: jax.Array
-    visible: jax.Array  # bool, broadcastable to [B, K, T, G, S]
+NOWHERE = 2**30  # in a table of pages: there is none
+OWN = "BTKSH"  # keys and values of each query's own
+CACHE = (SHARED, SHARED, PAGES, PAGES)  # of a layer in the sampler
 
 
 def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -55,38 +53,76 @@ class Look(NamedTuple):
     cap: float = 0.0
     attention: str = "auto"
 
-    def near(self, visible_BTS: jax.Array, position_BS: jax.Array) -> jax.Array:
-        """`visible` less what is out of the window."""
+    def near(self, visible_BTS: jax.Array, positions: Any = None) -> jax.Array:
+        """`visible` less what is out of the window, of keys at `positions`, [B, T or 1, S].
+
+        None: at those of the queries.
+        """
         if self.window is None:
             return visible_BTS
-        distance_BTS = self.position_BT[:, :, None] - position_BS[:, None, :]
+        positions = self.position_BT[:, None] if positions is None else positions
+        distance_BTS = self.position_BT[:, :, None] - positions
         reach = jnp.where(self.window == 0, jnp.iinfo(jnp.int32).max, self.window)
         return visible_BTS & (distance_BTS < reach)
 
 
-def attend(
-    q_BTKGH: jax.Array, segments: list[Segment], scale: float = 0.0, cap: float = 0.0
-) -> jax.Array:
-    """Softmax attention over the union of the segments: [B, T, K, G, H] in q's dtype.
+class Part(NamedTuple):
+    """What queries make of a part of what they see; all float32.
+
+    Attributes:
+      top_BTKG: the greatest logit. total_BTKG: the sum of the weights, exp(logit - top).
+      out_BTKGH: the sum of the values by their weights.
+    """
+
+    top_BTKG: jax.Array
+    total_BTKG: jax.Array
+    out_BTKGH: jax.Array
+
+
+def part(
+    q_BTKGH: jax.Array,
+    letters: str,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float = 0.0,
+    cap: float = 0.0,
+) -> Part:
+    """A part of attention.
 
     The logits are laid out [B, K, T, G, S]: T and G together are the rows of one matrix product,
     which on CPU takes two thirds of the time of [B, K, G, T, S]. Weights are normalised after the
     product with the values, on H instead of S numbers.
+
+    Args:
+      letters: of keys and values, SHARED by the queries of a row or each query's OWN.
+      visible: bool, broadcastable to [B, K, T, G, S]. Who sees nothing gets a top of `HIDDEN`.
     """
     q = q_BTKGH * (scale or q_BTKGH.shape[-1] ** -0.5)
-    logits = [_einsum(f"BTKGH,{s.letters}->BKTGS", q, s.k) for s in segments]
+    logits = _einsum(f"BTKGH,{letters}->BKTGS", q, k)
     if cap:
-        logits = [cap * jnp.tanh(part / cap) for part in logits]
-    logits = [jnp.where(s.visible, part, HIDDEN) for s, part in zip(segments, logits, strict=True)]
-    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in logits])
-    top = jax.lax.stop_gradient(top)  # cancels out; only there against overflow
-    weights = [jnp.exp(part - top) for part in logits]
-    total_BKTG = sum(w.sum(-1) for w in weights)
-    out_BTKGH = sum(
-        _einsum(f"BKTGS,{s.letters}->BTKGH", w.astype(s.v.dtype), s.v)
-        for w, s in zip(weights, segments, strict=True)
+        logits = cap * jnp.tanh(logits / cap)
+    logits = jnp.where(visible, logits, HIDDEN)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))  # cancels out; against overflow
+    weights = jnp.exp(logits - top)
+    out_BTKGH = _einsum(f"BKTGS,{letters}->BTKGH", weights.astype(v.dtype), v)
+    return Part(top[..., 0].swapaxes(1, 2), weights.sum(-1).swapaxes(1, 2), out_BTKGH)
+
+
+def union(parts: Part, axis: int) -> Part:
+    """Parts along an axis as one."""
+    top = parts.top_BTKG.max(axis, keepdims=True)
+    share = jnp.exp(parts.top_BTKG - top)
+    return Part(
+        top.squeeze(axis),
+        (share * parts.total_BTKG).sum(axis),
+        (share[..., None] * parts.out_BTKGH).sum(axis),
     )
-    return (out_BTKGH / total_BKTG.swapaxes(1, 2)[..., None]).astype(q_BTKGH.dtype)
+
+
+def softmax(whole: Part) -> jax.Array:
+    """The result of attention, [B, T, K, G, H], of all that is seen."""
+    return whole.out_BTKGH / whole.total_BTKG[..., None]
 
 
 def by_kernel(attention: str, cap: float, mesh: jax.sharding.Mesh | None = None) -> bool:
@@ -119,9 +155,9 @@ def by_rows(
         for start in range(0, T, block):
             end = min(start + block, T)
             visible = visible_BTS[:, None, start:end, None, :end]
-            seen = Segment(SHARED, k_BKSH[:, :, :end], v_BKSH[:, :, :end], visible)
-            blocks.append(attend(q_BTKGH[:, start:end], [seen], scale, cap))
-        return jnp.concatenate(blocks, 1)
+            seen = (SHARED, k_BKSH[:, :, :end], v_BKSH[:, :, :end], visible)
+            blocks.append(softmax(part(q_BTKGH[:, start:end], *seen, scale, cap)))
+        return jnp.concatenate(blocks, 1).astype(q_BTKGH.dtype)
 
     if sharding.platform() != "cpu":
         return rows(q_BTKGH, k_BKSH, v_BKSH, visible_BTS)
@@ -153,7 +189,7 @@ class Packed:
         cache: None,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, Any]:
-        visible_BTS = look.near(self.visible_BTS, look.position_BT)
+        visible_BTS = look.near(self.visible_BTS)
         if by_kernel(look.attention, look.cap):
             scale = look.scale or q_BTKGH.shape[-1] ** -0.5
             out = cpu_attention.whole_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)
@@ -176,22 +212,56 @@ def kept(config: ModelConfig, mesh: jax.sharding.Mesh) -> str:
 
 
 class BranchCache(NamedTuple):
-    """One layer's keys and values in the sampler: B prompts of T slots each."""
+    """One layer's keys and values in the sampler: B prompts, and Z pages for the slots of each."""
 
     prompt_k_BKSH: jax.Array
     prompt_v_BKSH: jax.Array
-    own_k_BTKSH: jax.Array
-    own_v_BTKSH: jax.Array
+    own_k_BZKWH: jax.Array
+    own_v_BZKWH: jax.Array
+
+
+def page_at(table_BTJ: jax.Array, age_BT: jax.Array, W: int) -> jax.Array:
+    """The page of W positions that holds what is at an age: [B, T], or NOWHERE."""
+    page_BT1 = jnp.take_along_axis(
+        table_BTJ, age_BT[..., None] // W, -1, mode="fill", fill_value=NOWHERE
+    )
+    return page_BT1[..., 0]
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0, None))
+def _rows(x_BN: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
+    """Of each of B the rows of an index, or `otherwise` where that is past the end."""
+    return x_BN.at[index].get(mode="fill", fill_value=otherwise)
+
+
+@functools.partial(jax.vmap, in_axes=(0, None))
+def _owner(table_BTJ: jax.Array, Z: int) -> jax.Array:
+    """Whose each of Z pages is: t * J + j of the table, or T * J for nobody's."""
+    count = table_BTJ.size
+    return jnp.full(Z, count).at[table_BTJ.ravel()].set(jnp.arange(count), mode="drop")
+
+
+@jax.vmap
+def _write(pages_BZKWH: Any, page_BT: Any, at_BT: Any, new_BTKH: Any) -> jax.Array:
+    """The pages with each slot's new key or value at its place."""
+    new_BTKH = new_BTKH.astype(pages_BZKWH.dtype)
+    return pages_BZKWH.at[page_BT, :, at_BT].set(new_BTKH, mode="drop")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Branches:
     """One step of every slot. A slot writes at its own age, so that neither the other slots nor the
-    moment it started can change its numbers."""
+    moment it started can change its numbers.
+
+    Attributes:
+      table_BTJ: int32, a slot's pages in order, or NOWHERE. A slot without one for its age is left
+        out: it writes nothing, and what it gets says nothing.
+    """
 
     prompt_length_B: jax.Array
     age_BT: jax.Array
+    table_BTJ: jax.Array
 
     def __call__(
         self,
@@ -201,7 +271,7 @@ class Branches:
         cache: BranchCache,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, BranchCache]:
-        step = self._kernel if by_kernel(look.attention, look.cap) else self._segments
+        step = self._kernel if by_kernel(look.attention, look.cap) else self._pages
         return step(q_BTKGH, k_BTKH, v_BTKH, cache, look)
 
     def _kernel(
@@ -216,12 +286,12 @@ class Branches:
         window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
         q, k, v = (x.astype(jnp.float32) for x in (q_BTKGH, k_BTKH, v_BTKH))
         q *= look.scale or q.shape[-1] ** -0.5
-        arrays = (q, k, v, *cache, self.prompt_length_B, self.age_BT, window)
-        out, own_k, own_v = cpu_attention.decode_attention(*arrays)
-        cache = cache._replace(own_k_BTKSH=own_k, own_v_BTKSH=own_v)
+        slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
+        out, own_k, own_v = cpu_attention.decode_attention(q, k, v, *cache, *slots, window)
+        cache = cache._replace(own_k_BZKWH=own_k, own_v_BZKWH=own_v)
         return out.astype(q_BTKGH.dtype), cache
 
-    def _segments(
+    def _pages(
         self,
         q_BTKGH: jax.Array,
         k_BTKH: jax.Array,
@@ -230,24 +300,58 @@ class Branches:
         look: Look,
     ) -> tuple[jax.Array, BranchCache]:
         """The same anywhere: all that is kept is multiplied, and what isn't seen is hidden."""
+        windows = () if look.window is None else (jnp.asarray(look.window),)
 
-        @jax.vmap
-        @jax.vmap
-        def write(own_KSH: jax.Array, new_KH: jax.Array, age: jax.Array) -> jax.Array:
-            new_KSH = new_KH[:, None].astype(own_KSH.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(own_KSH, new_KSH, age, 1)
+        def step(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+            caches, (length, age, table), window = rest[:4], rest[4:7], rest[7:]
+            seen = look._replace(position_BT=length[:, None] + age, window=(*window, None)[0])
+            slots = Branches(length, age, table)
+            return slots._look_over_pages(q, k, v, BranchCache(*caches), seen)
 
+        new = (cpu_attention.Q, cpu_attention.KV, cpu_attention.KV)
+        slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
+        letters = (*new, *CACHE, "B", "BT", "BTJ", *[""] * len(windows))
+        arrays = (q_BTKGH, k_BTKH, v_BTKH, *cache, *slots, *windows)
+        out = (cpu_attention.Q, BranchCache(*CACHE))
+        return sharding.local(step, letters, out, *arrays)
+
+    def _look_over_pages(
+        self,
+        q_BTKGH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        cache: BranchCache,
+        look: Look,
+    ) -> tuple[jax.Array, BranchCache]:
+        Z, W = cache.own_k_BZKWH.shape[1], cache.own_k_BZKWH.shape[3]
+        J = self.table_BTJ.shape[2]
+        place = (page_at(self.table_BTJ, self.age_BT, W), self.age_BT % W)
         cache = cache._replace(
-            own_k_BTKSH=write(cache.own_k_BTKSH, k_BTKH, self.age_BT),
-            own_v_BTKSH=write(cache.own_v_BTKSH, v_BTKH, self.age_BT),
+            own_k_BZKWH=_write(cache.own_k_BZKWH, *place, k_BTKH),
+            own_v_BZKWH=_write(cache.own_v_BZKWH, *place, v_BTKH),
         )
+
+        length_B11 = self.prompt_length_B[:, None, None]
         prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
-        own_S = jnp.arange(cache.own_v_BTKSH.shape[3])
-        length_B1 = self.prompt_length_B[:, None]
-        in_prompt = look.near((prompt_S < length_B1)[:, None], prompt_S[None])
-        in_branch = look.near(own_S <= self.age_BT[..., None], length_B1 + own_S)
-        prompt = Segment(
-            SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt[:, None, :, None]
+        in_prompt = look.near(prompt_S < length_B11, prompt_S)[:, None, :, None]
+        words = (look.scale, look.cap)
+        prompt = part(q_BTKGH, SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt, *words)
+
+        # Every page is looked over by the query of the slot whose it is.
+        owner_BZ = _owner(self.table_BTJ, Z)
+        slot_BZ = owner_BZ // J
+        age_BZ = _rows(self.age_BT, slot_BZ, -1)
+        at_BZW = (owner_BZ % J * W)[..., None] + jnp.arange(W)
+        theirs = look._replace(position_BT=self.prompt_length_B[:, None] + age_BZ)
+        in_page = theirs.near(at_BZW <= age_BZ[..., None], length_B11 + at_BZW)[:, None, :, None]
+        q_BZKGH = _rows(q_BTKGH, slot_BZ, 0)
+        pages = part(q_BZKGH, OWN, cache.own_k_BZKWH, cache.own_v_BZKWH, in_page, *words)
+
+        nothing = Part(HIDDEN, 0.0, 0.0)
+        parts = jax.tree.map(
+            lambda shared, own, nothing: jnp.concatenate(
+                [shared[:, :, None], _rows(own, self.table_BTJ, nothing)], 2
+            ),
+            *(prompt, pages, nothing),
         )
-        own = Segment(OWN, cache.own_k_BTKSH, cache.own_v_BTKSH, in_branch[:, None, :, None])
-        return attend(q_BTKGH, [prompt, own], look.scale, look.cap), cache
+        return softmax(union(parts, 2)).astype(q_BTKGH.dtype), cache

@@ -1,7 +1,7 @@
 // Attention on CPU that computes what is visible only: XLA:CPU multiplies with everything and masks.
 //
-// `Decode` is one step of the sampler: each slot's key and value are put into its own branch, in
-// place, and its query looks over its prompt, read once for all of its slots, and its branch.
+// `Decode` is one step of the sampler: each slot's key and value are put into its own branch's page,
+// in place, and its query looks over its prompt, read once for all of its slots, and its branch.
 // `Whole` is rows of sequences that see themselves through a mask, forwards and backwards.
 //
 // The letters are those of gsm_verifier/sharding.py. Vectors are the compilers' (GCC and Clang), so
@@ -213,58 +213,89 @@ void Transpose(MatrixOf<E> x, Size rows, Size columns, Matrix to) {
 
 template <typename E>
 struct Decode {
-  Size B, T, K, G, H, S, W;
+  Size B, T, K, G, H, S, Z, W, J;
   float *q_BTKGH, *k_BTKH, *v_BTKH;
-  E *prompt_k_BKSH, *prompt_v_BKSH, *own_k_BTKSH, *own_v_BTKSH;
+  E *prompt_k_BKSH, *prompt_v_BKSH, *own_k_BZKWH, *own_v_BZKWH;
   float* out_BTKGH;
-  const int32_t *length_B, *age_BT, *window;
+  const int32_t *length_B, *age_BT, *table_BTJ, *window;
+
+  // Slot t of prompt b has all pages it needs up to its age; one that is done may have the age J * W.
+  bool Runs(Size b, Size t) const {
+    const Size slot = b * T + t, last = age_BT[slot] / W;
+    const int32_t* const table = table_BTJ + slot * J;
+    return last < J && std::all_of(table, table + last + 1,
+                                   [this](Size page) { return page >= 0 && page < Z; });
+  }
+
+  // Where in the pages that is which slot t of prompt b has at a position, of head k.
+  Size Place(Size b, Size t, Size k, Size at) const {
+    const Size page = table_BTJ[(b * T + t) * J + at / W];
+    return (((b * Z + page) * K + k) * W + at % W) * H;
+  }
 
   // All slots of prompt b, for key/value head k.
   void operator()(Size b, Size k) const {
-    const Size length = std::clamp<Size>(length_B[b], 0, S), prompt = Padded(length), rows = T * G;
-    std::vector<float> scratch(rows * H * 2 + (H + rows) * prompt + G * Padded(W) + rows);
+    std::vector<Size> slots;
+    for (Size t = 0; t < T; ++t)
+      if (Runs(b, t))
+        slots.push_back(t);
+      else
+        std::fill_n(out_BTKGH + ((b * T + t) * K + k) * G * H, G * H, 0.0f);
+    const Size count = slots.size(), rows = count * G;
+    if (!count) return;
+    const Size length = std::clamp<Size>(length_B[b], 0, S), prompt = Padded(length);
+    const Size longest = Padded(J * W);
+    std::vector<float> scratch(rows * H * 2 + (H + rows) * prompt + G * longest + rows);
     const Matrix q{scratch.data(), H}, y{q.row(rows), H};
     const Matrix k_HS{y.row(rows), prompt}, logits{k_HS.row(H), prompt};
-    const Matrix own{logits.row(rows), Padded(W)};
+    const Matrix own{logits.row(rows), longest};
     float* const total = own.row(G);
     const MatrixOf<E> prompt_k{prompt_k_BKSH + (b * K + k) * S * H, H};
     const MatrixOf<E> prompt_v{prompt_v_BKSH + (b * K + k) * S * H, H};
 
-    for (Size t = 0; t < T; ++t)
-      std::copy_n(q_BTKGH + ((b * T + t) * K + k) * G * H, G * H, q.row(t * G));
+    for (Size i = 0; i < count; ++i)
+      std::copy_n(q_BTKGH + ((b * T + slots[i]) * K + k) * G * H, G * H, q.row(i * G));
     Transpose(prompt_k, length, H, k_HS);
     Multiply(q, k_HS, logits, rows, H, prompt, false);
 
-    for (Size t = 0; t < T; ++t) {
-      const Size slot = (b * T + t) * K + k, age = age_BT[b * T + t];
+    for (Size i = 0; i < count; ++i) {
+      const Size t = slots[i], slot = (b * T + t) * K + k, age = age_BT[b * T + t];
       const Size reach = *window ? *window : length + age + 1;
-      // A slot that is done may have the age W.
-      const Size end = std::min(age + 1, W), from = std::max<Size>(age + 1 - reach, 0);
-      const Size size = std::max<Size>(end - from, 0);
-      if (age < W)
-        for (Size h = 0; h < H; ++h) {
-          Put(own_k_BTKSH + (slot * W + age) * H + h, k_BTKH[slot * H + h]);
-          Put(own_v_BTKSH + (slot * W + age) * H + h, v_BTKH[slot * H + h]);
+      const Size from = std::max<Size>(age + 1 - reach, 0), size = age + 1 - from;
+      const Size place = Place(b, t, k, age);
+      for (Size h = 0; h < H; ++h) {
+        Put(own_k_BZKWH + place + h, k_BTKH[slot * H + h]);
+        Put(own_v_BZKWH + place + h, v_BTKH[slot * H + h]);
+      }
+      // work(its keys or values, how many, where they begin among the logits) of each page.
+      const auto pages = [&](E* own_BZKWH, auto work) {
+        for (Size at = from, end; at <= age; at = end) {
+          end = std::min((at / W + 1) * W, age + 1);
+          work(MatrixOf<E>{own_BZKWH + Place(b, t, k, at), H}, end - at, at - from);
         }
-      const MatrixOf<E> own_k{own_k_BTKSH + (slot * W + from) * H, H};
-      const MatrixOf<E> own_v{own_v_BTKSH + (slot * W + from) * H, H};
-      Dots(Matrix{q.row(t * G), H}, own_k, own, G, size, H);
+      };
+      pages(own_k_BZKWH, [&](MatrixOf<E> keys, Size positions, Size at) {
+        Dots(Matrix{q.row(i * G), H}, keys, Matrix{own.data + at, own.stride}, G, positions, H);
+      });
       for (Size g = 0; g < G; ++g) {
-        float* const shared = logits.row(t * G + g);
+        float* const shared = logits.row(i * G + g);
         Hide(shared, 0, std::min(length, length + age + 1 - reach));
         Hide(shared, length, prompt);
         Hide(own.row(g), size, Padded(size));
         const float top = Top(own.row(g), Padded(size), Top(shared, prompt, kHidden));
-        total[t * G + g] = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
+        total[i * G + g] = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
       }
-      Multiply(own, own_v, Matrix{y.row(t * G), H}, G, size, H, false);
+      pages(own_v_BZKWH, [&](MatrixOf<E> values, Size positions, Size at) {
+        Multiply(Matrix{own.data + at, own.stride}, values, Matrix{y.row(i * G), H}, G, positions,
+                 H, at > 0);
+      });
     }
 
     Multiply(logits, prompt_v, y, rows, length, H, true);
-    for (Size t = 0; t < T; ++t)
+    for (Size i = 0; i < count; ++i)
       for (Size g = 0; g < G; ++g) {
-        float* const out = out_BTKGH + (((b * T + t) * K + k) * G + g) * H;
-        for (Size h = 0; h < H; ++h) out[h] = y.row(t * G + g)[h] / total[t * G + g];
+        float* const out = out_BTKGH + (((b * T + slots[i]) * K + k) * G + g) * H;
+        for (Size h = 0; h < H; ++h) out[h] = y.row(i * G + g)[h] / total[i * G + g];
       }
   }
 };
@@ -474,17 +505,19 @@ using Mask = Of<ffi::PRED, 3>;
 template <ffi::DataType type>
 ffi::Error RunDecode(ffi::ThreadPool pool, Floats<5> q, Floats<4> k, Floats<4> v,
                      Of<type, 4> prompt_k, Of<type, 4> prompt_v, Of<type, 5> own_k,
-                     Of<type, 5> own_v, Int32s<1> length, Int32s<2> age, Int32s<0> window,
+                     Of<type, 5> own_v, Int32s<1> length, Int32s<2> age, Int32s<3> table,
+                     Int32s<0> window,
                      ffi::Result<Floats<5>> out, ffi::Result<Of<type, 5>> new_k,
                      ffi::Result<Of<type, 5>> new_v, int64_t) {
   if (new_k->typed_data() != own_k.typed_data() || new_v->typed_data() != own_v.typed_data())
     return ffi::Error::Internal("the caches must be updated in place");
-  const auto d = q.dimensions();
+  const auto d = q.dimensions(), pages = own_k.dimensions();
   const Decode<ffi::NativeType<type>> step{
-      d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], own_v.dimensions()[3],
+      d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], pages[1], pages[3],
+      table.dimensions()[2],
       q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
       prompt_v.typed_data(), own_k.typed_data(), own_v.typed_data(), out->typed_data(),
-      length.typed_data(), age.typed_data(), window.typed_data()};
+      length.typed_data(), age.typed_data(), table.typed_data(), window.typed_data()};
   Share(pool, step.B, step.K, step);
   return ffi::Error::Success();
 }
@@ -498,14 +531,15 @@ auto DecodeBinding() {
       .template Arg<Floats<4>>()    // v_BTKH
       .template Arg<Of<type, 4>>()  // prompt_k_BKSH
       .template Arg<Of<type, 4>>()  // prompt_v_BKSH
-      .template Arg<Of<type, 5>>()  // own_k_BTKSH
-      .template Arg<Of<type, 5>>()  // own_v_BTKSH
+      .template Arg<Of<type, 5>>()  // own_k_BZKWH
+      .template Arg<Of<type, 5>>()  // own_v_BZKWH
       .template Arg<Int32s<1>>()    // prompt_length_B
       .template Arg<Int32s<2>>()    // age_BT
+      .template Arg<Int32s<3>>()    // table_BTJ
       .template Arg<Int32s<0>>()    // window, 0 for none
       .template Ret<Floats<5>>()    // out_BTKGH
-      .template Ret<Of<type, 5>>()  // own_k_BTKSH
-      .template Ret<Of<type, 5>>()  // own_v_BTKSH
+      .template Ret<Of<type, 5>>()  // own_k_BZKWH
+      .template Ret<Of<type, 5>>()  // own_v_BZKWH
       .template Attr<int64_t>("flops");
 }
 

@@ -6,8 +6,8 @@ have another processor than who runs. Without a compiler, or if anything goes wr
 is the attention in JAX, whose numbers are the same but for rounding.
 
 Why the sampler's is fast, by SmolLM2-135M with 400 slots of 128 tokens on two cores with AVX-512,
-where JAX's way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all W
-positions and hides most), 1,150 tokens/s; a slot's key is written in place, where XLA's scatter and
+where JAX's way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all that is
+kept and hides most), 1,150 tokens/s; a slot's key is written in place, where XLA's scatter and
 its copies took 48 of 340 ms a step; keys lie like values, position by position, so that a young
 slot's are one piece (with positions last a step's calls took 76 ms of the processors, 52 so); and
 caches are kept in bfloat16, as the model computes, half the memory and bytes (94 and 75 ms). 1,435
@@ -100,7 +100,7 @@ def available() -> bool:
 
 Q, KV, SEEN = "BTKGH", "BTKH", "BTS"  # the dimensions of queries, of keys and values, of a mask
 TOTAL = "BTKG"  # of the logarithm of the sum of a query's weights
-SHARED, OWN = "BKSH", "BTKSH"  # keys and values of a prompt, and of its slots' own branches
+SHARED, PAGES = "BKSH", "BZKWH"  # keys and values of a prompt, and of pages of its branches
 
 
 def _call(
@@ -131,16 +131,23 @@ def _call(
     return sharding.local(call, letters, tuple(out), *arrays)
 
 
+def _decode_flops(*parts: Any) -> int:
+    """Of all slots with all of the prompt, and of all pages."""
+    q_BTKGH, prompt_BKSH, pages_BZKWH = parts[0], parts[3], parts[5]
+    return 4 * (q_BTKGH.size * prompt_BKSH.shape[2] + q_BTKGH.shape[3] * pages_BZKWH.size)
+
+
 def decode_attention(
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     prompt_k_BKSH: jax.Array,
     prompt_v_BKSH: jax.Array,
-    own_k_BTKSH: jax.Array,
-    own_v_BTKSH: jax.Array,
+    own_k_BZKWH: jax.Array,
+    own_v_BZKWH: jax.Array,
     prompt_length_B: jax.Array,
     age_BT: jax.Array,
+    table_BTJ: jax.Array,
     window: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """What each slot, whose own positions are 0 to its age, sees in its prompt and its branch.
@@ -149,28 +156,30 @@ def decode_attention(
       q_BTKGH: scaled, float32.
       k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet; float32.
       prompt_k_BKSH and the others: of one of `DTYPES`, which holds the new ones without loss.
+      table_BTJ: a slot's pages; without one for its age, it is left out, and gets 0.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
 
     Returns:
-      That, [B, T, K, G, H], and the branches' keys and values with the new ones, the same arrays.
+      That, [B, T, K, G, H], and the pages with the new keys and values, the same arrays.
     """
     return _call(
         "decode",
-        (Q, KV, KV, SHARED, SHARED, OWN, OWN, "B", "BT", ""),
-        (Q, OWN, OWN),
+        (Q, KV, KV, SHARED, SHARED, PAGES, PAGES, "B", "BT", "BTJ", ""),
+        (Q, PAGES, PAGES),
         lambda *parts: (parts[0], parts[5], parts[6]),
-        lambda *parts: 4 * parts[0].size * (parts[3].shape[2] + parts[5].shape[3]),
+        _decode_flops,
         q_BTKGH,
         k_BTKH,
         v_BTKH,
         prompt_k_BKSH,
         prompt_v_BKSH,
-        own_k_BTKSH,
-        own_v_BTKSH,
+        own_k_BZKWH,
+        own_v_BZKWH,
         prompt_length_B.astype(jnp.int32),
         age_BT.astype(jnp.int32),
+        table_BTJ.astype(jnp.int32),
         window,
-        dtype=own_k_BTKSH.dtype,
+        dtype=own_k_BZKWH.dtype,
         aliases={5: 1, 6: 2},
     )
 

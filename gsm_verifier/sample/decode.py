@@ -1,14 +1,17 @@
 """The device side of the sampler: every slot takes one token a step, under one jit.
 
 P prompts are in flight, each with C slots; a slot grows one completion. A prompt's keys and values
-are computed and stored once for all its slots. The device sees token ids and small integer tables
-only; when an annotation's `=` has come (see `Tokenizer.grammar`), it stops and asks the host.
+are computed and stored once for all its slots; those of a completion lie in pages, which the host
+deals out to the slots of a prompt as they grow. A slot that needs a page and has none waits. The
+device sees token ids and small integer tables only; when an annotation's `=` has come (see
+`Tokenizer.grammar`), it stops and asks the host.
 
 The key of the token at position t of completion m of problem p is
 `fold_in(fold_in(fold_in(seed, p), m), t)`: which slot grows a completion, beside what, when and
 after which restart can't change it (bit for bit with the same shapes on the same mesh).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +21,16 @@ import numpy as np
 
 from gsm_verifier import sharding
 from gsm_verifier.model import transformer
-from gsm_verifier.model.attention import HIDDEN, BranchCache, Branches, Packed, kept
+from gsm_verifier.model.attention import (
+    CACHE,
+    HIDDEN,
+    NOWHERE,
+    BranchCache,
+    Branches,
+    Packed,
+    kept,
+    page_at,
+)
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.text import tokenizer as tk
@@ -28,6 +40,18 @@ IDLE, RUNNING, ASKING, FINISHED = range(4)
 
 FORCED = 40  # most tokens the calculator can force at one time
 BLOCK = 64  # of the vocabulary at most, in the two-level inverse CDF
+
+
+class Pages(NamedTuple):
+    """How the keys and values of a prompt's completions are kept.
+
+    Attributes:
+      Z: pages of a prompt. J: the most that a completion needs. W: positions of each.
+    """
+
+    Z: int
+    J: int
+    W: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,9 @@ class Sampling:
       patience: slots waiting, for an answer of the calculator or another completion, that make the
         device return early. With 320 slots and a patience of 1 that was after 490 steps 429 times,
         with 10 after 515 steps 279 times. On CPU, where a look costs little, it was as fast.
+      kept_share: how much is kept for the completions in flight, of what all of them would need if
+        they were as long as they may get. Less makes some wait while the others are long.
+      page: most positions of a page.
     """
 
     temperature: float
@@ -53,6 +80,14 @@ class Sampling:
     seed: int
     chunk: int
     patience: int
+    kept_share: float = 1.0
+    page: int = 64
+
+    def pages(self, C: int) -> Pages:
+        """For C slots of a prompt; always enough for one to come to its end."""
+        J = math.ceil(self.max_tokens / self.page)
+        Z = max(J, math.ceil(self.kept_share * C * J))
+        return Pages(Z, J, math.ceil(self.max_tokens / J))
 
 
 class Slots(NamedTuple):
@@ -64,6 +99,7 @@ class Slots(NamedTuple):
     status_PC: jax.Array
     token_PC: jax.Array  # the next input
     age_PC: jax.Array  # inputs of the branch already in its cache
+    table_PCJ: jax.Array  # its pages in order, or NOWHERE
     annotation_PC: jax.Array  # state of the annotation grammar
     problem_PC: jax.Array  # uint32 identity, for the keys
     sample_PC: jax.Array
@@ -82,6 +118,7 @@ class Orders(NamedTuple):
     token_PC: np.ndarray  # ... with this as its last token ...
     queue_PCQ: np.ndarray  # ... and these forced after it
     queued_PC: np.ndarray
+    table_PCJ: np.ndarray  # the pages of every slot, or NOWHERE
 
 
 class Trace(NamedTuple):
@@ -101,8 +138,8 @@ def trace_shardings(mesh: jax.sharding.Mesh) -> Trace:
     return Trace(sharding.named(mesh, ()), log, log, log, log, sharding.named(mesh, "PC"))
 
 
-def no_orders(P: int, C: int) -> Orders:
-    """Orders that change nothing, to be filled in by the host."""
+def no_orders(P: int, C: int, J: int) -> Orders:
+    """Orders that change nothing but give no slot a page, to be filled in by the host."""
 
     def zeros(dtype: type, *more: int) -> np.ndarray:
         return np.zeros((P, C, *more), dtype)
@@ -116,37 +153,35 @@ def no_orders(P: int, C: int) -> Orders:
         token_PC=zeros(np.int32),
         queue_PCQ=zeros(np.int32, FORCED),
         queued_PC=zeros(np.int32),
+        table_PCJ=zeros(np.int32, J) + np.int32(NOWHERE),
     )
 
 
 def slot_shapes(
-    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, W: int
+    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, pages: Pages
 ) -> Slots:
-    """Shapes and shardings of P prompts of at most S tokens, with C slots of W tokens each."""
+    """Shapes and shardings of P prompts of at most S tokens, with C slots and `pages` each."""
 
     def array(letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
     K, H, dtype = config.kv_heads, config.head_size, kept(config, mesh)
 
-    def cache() -> BranchCache:
-        return BranchCache(
-            prompt_k_BKSH=array("PKSH", dtype, P, K, S, H),
-            prompt_v_BKSH=array("PKSH", dtype, P, K, S, H),
-            own_k_BTKSH=array("PCKWH", dtype, P, C, K, W, H),
-            own_v_BTKSH=array("PCKWH", dtype, P, C, K, W, H),
-        )
+    prompts, own = (P, K, S, H), (P, pages.Z, K, pages.W, H)
+    shapes = zip(CACHE, (prompts, prompts, own, own), strict=True)
+    cache = BranchCache(*(array(letters, dtype, *shape) for letters, shape in shapes))
 
     def slots(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
         return array("PC" + "S" * len(more), dtype, P, C, *more)
 
     return Slots(
-        caches=[cache() for _ in range(config.layers)],
+        caches=[cache] * config.layers,
         prompt_length_P=array("P", jnp.int32, P),
         last_token_P=array("P", jnp.int32, P),
         status_PC=slots(jnp.int32),
         token_PC=slots(jnp.int32),
         age_PC=slots(jnp.int32),
+        table_PCJ=slots(jnp.int32, pages.J),
         annotation_PC=slots(jnp.int32),
         problem_PC=slots(jnp.uint32),
         sample_PC=slots(jnp.uint32),
@@ -156,10 +191,10 @@ def slot_shapes(
 
 
 def empty_slots(
-    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, W: int
+    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, pages: Pages
 ) -> Slots:
-    """P prompts of at most S tokens, with C idle slots of W tokens each."""
-    shapes = slot_shapes(config, mesh, P, C, S, W)
+    """P prompts of at most S tokens, with C idle slots and `pages` each."""
+    shapes = slot_shapes(config, mesh, P, C, S, pages)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
 
@@ -219,6 +254,7 @@ def obey(slots: Slots, orders: Orders) -> Slots:
             slots.token_PC,
         ),
         age_PC=jnp.where(start, 0, slots.age_PC),
+        table_PCJ=orders.table_PCJ,
         annotation_PC=jnp.where(start | answer, tk.TEXT, slots.annotation_PC),
         problem_PC=jnp.where(start, orders.problem_PC, slots.problem_PC),
         sample_PC=jnp.where(start, orders.sample_PC, slots.sample_PC),
@@ -286,17 +322,25 @@ def draw(
     return inverse_cdf(jnp.exp(logits_PCV), uniform_PC)
 
 
+def active_slots(slots: Slots) -> jax.Array:
+    """Which take a step: those that run and have a page for it, [P, C]."""
+    W = slots.caches[0].own_k_BZKWH.shape[3]
+    page_PC = page_at(slots.table_PCJ, slots.age_PC, W)
+    return (slots.status_PC == RUNNING) & (page_PC != NOWHERE)
+
+
 def one_step(
     model: Transformer, params: Params, slots: Slots, sampling: Sampling, grammar_VX: jax.Array
 ) -> tuple[Slots, dict[str, jax.Array]]:
-    """One token for every running slot."""
-    active = slots.status_PC == RUNNING
+    """One token for every active slot."""
+    active = active_slots(slots)
+    table_PCJ = jnp.where(active[..., None], slots.table_PCJ, NOWHERE)  # others are left out
     position_PC = slots.prompt_length_P[:, None] + slots.age_PC
     hidden, caches = model.apply(
         params,
         slots.token_PC,
         position_PC,
-        Branches(slots.prompt_length_P, slots.age_PC),
+        Branches(slots.prompt_length_P, slots.age_PC, table_PCJ),
         slots.caches,
     )
     logits_PCV = model.apply(params, hidden, method="logits")
@@ -356,7 +400,7 @@ def advance(
         status = slots.status_PC
         return (
             (steps < sampling.chunk)
-            & (status == RUNNING).any()
+            & active_slots(slots).any()
             & (((status == ASKING) | (status == FINISHED)).sum() < sampling.patience)
         )
 

@@ -155,17 +155,22 @@ class _Run:
     def __init__(self, engine: Engine, queue: list[Request], S: int):
         self._e, self._queue, self._S = engine, queue[::-1], S
         P, C, W = len(engine._here), engine._C, engine._sampling.max_tokens
+        self._pages = engine._sampling.pages(C)
         self._rows: list[_Row | None] = [None] * P
         self._sample = np.full((P, C), -1, np.int64)  # -1: idle
+        self._started = np.zeros((P, C), np.int64)  # counts up
+        self._starts = 0
+        self._held: list[list[list[int]]] = [[[] for _ in range(C)] for _ in range(P)]  # pages
+        self._free_pages = [list(range(self._pages.Z)) for _ in range(P)]
         self._tokens = np.zeros((P, C, W), np.int32)
         self._forced = np.zeros((P, C, W), bool)
         self._logprob = np.zeros((P, C, W), np.float64)
         self._length = np.zeros((P, C), np.int64)
-        self._slots = decode.empty_slots(engine._config, engine._mesh, engine._P, C, S, W)
+        self._slots = decode.empty_slots(engine._config, engine._mesh, engine._P, C, S, self._pages)
         self._prefill_rows = len(engine._share.rows(engine._prefill_rows))
 
     def loop(self) -> Iterator[Completion]:
-        orders = decode.no_orders(*self._sample.shape)
+        orders = self._no_orders()
         while True:
             prefills, unfinished = processes.largest(self._prefills(), self._unfinished())
             if not unfinished:
@@ -173,16 +178,20 @@ class _Run:
             for _ in range(prefills):
                 self._admit()
             self._start(orders)
+            self._deal(orders)
             self._slots, trace = self._e._advance(
                 self._e._params, self._slots, self._global(orders), self._e._grammar
             )
             status = self._read(trace)
-            orders = decode.no_orders(*self._sample.shape)
+            orders = self._no_orders()
             for p, c in np.argwhere(status == decode.ASKING):
                 self._answer(orders, p, c)
             for p, c in np.argwhere((status == decode.FINISHED) & (self._sample >= 0)):
                 yield self._harvest(p, c)
                 orders.stop_PC[p, c] = True
+
+    def _no_orders(self) -> decode.Orders:
+        return decode.no_orders(*self._sample.shape, self._pages.J)
 
     def _global(self, orders: decode.Orders) -> decode.Orders:
         return jax.tree.map(
@@ -234,10 +243,29 @@ class _Run:
                     break
                 sample = row.waiting.pop()
                 self._sample[p, c] = sample
+                self._starts += 1
+                self._started[p, c] = self._starts
                 self._length[p, c] = 0
                 orders.start_PC[p, c] = True
                 orders.problem_PC[p, c] = problem_key(row.request.problem)
                 orders.sample_PC[p, c] = sample
+
+    def _deal(self, orders: decode.Orders) -> None:
+        """Give slots the pages that the next chunk can fill, the oldest first.
+
+        What the oldest of a prompt may still need stays free for it: it can always go on, and
+        leaves its pages to the next.
+        """
+        chunk, (_, J, W) = self._e._sampling.chunk, self._pages
+        for p, (held, free) in enumerate(zip(self._held, self._free_pages, strict=True)):
+            busy = np.flatnonzero(self._sample[p] >= 0)
+            by_age = busy[np.argsort(self._started[p, busy])]
+            for c in by_age:
+                reserved = J - len(held[by_age[0]]) if c != by_age[0] else 0
+                wanted = min(J, math.ceil((self._length[p, c] + chunk) / W))
+                while len(held[c]) < wanted and len(free) > reserved:
+                    held[c].append(free.pop())
+                orders.table_PCJ[p, c, : len(held[c])] = held[c]
 
     def _read(self, trace: decode.Trace) -> np.ndarray:
         """Append what the slots wrote; the slots' status."""
@@ -305,6 +333,8 @@ class _Run:
             finished=bool(tokens[-1] == self._e._sampling.end),
         )
         self._sample[p, c] = -1
+        self._free_pages[p] += self._held[p][c]
+        self._held[p][c] = []
         return completion
 
 
@@ -316,5 +346,6 @@ def sampling_of(options: Any, end: int, seed: int, slots: int, **changes: Any) -
         "top_p": options.top_p,
         "max_tokens": options.max_tokens,
         "chunk": options.chunk_steps,
+        "kept_share": options.kept_share,
     }
     return Sampling(**(words | changes), end=end, seed=seed, patience=max(1, slots // 32))
