@@ -34,10 +34,10 @@ Calls = dict[str, Callable[[], Any]]
 
 def step(normal: Callable[..., jax.Array], rng: np.random.Generator) -> Calls:
     """A step of all slots of the sampler."""
-    prompt, own = (P, K, S, H), (P, C * J, K, W, H)
+    prompt, own = (P, K, S, H), (1, P * C * J, K, W, H)
     shapes = (prompt, prompt, own, own)
     length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
-    table_PCJ = np.stack([rng.permutation(C * J).reshape(C, J) for _ in range(P)])
+    table_PCJ = rng.permutation(P * C * J).reshape(P, C, J)
     slots = Branches(jnp.int32(length_P), jnp.int32(age_PC), jnp.int32(table_PCJ))
     new = (normal(P, C, K, G, H), normal(P, C, K, H), normal(P, C, K, H))
 

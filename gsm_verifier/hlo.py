@@ -38,6 +38,7 @@ _SIZE = re.compile(r"'(\w+)'=(\d+)")
 _PART = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place, of the first operand, by which
 _FREE = {  # moves nothing by itself
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "partition-id", "replica-id", "after-all", "opt-barrier", "async-start",
@@ -251,8 +252,10 @@ class _Module:
             return _bytes(x.type)
         if x.opcode in _SLICES:
             return (_bytes(x.type, everywhere=True) if _bytes(types[0]) else 0) + _bytes(x.type)
-        if x.opcode == "dynamic-update-slice":
-            return _bytes(types[1]) + min(_bytes(x.type), _bytes(types[1], everywhere=True))
+        if x.opcode in _UPDATES:
+            update = types[_UPDATES[x.opcode]]
+            written = min(_bytes(x.type), _bytes(update, everywhere=True))
+            return sum(map(_bytes, types[1:])) + written
         return sum(map(_bytes, types)) + _bytes(x.type)
 
     @functools.cache  # noqa: B019 - a module lives as long as one call
@@ -276,7 +279,7 @@ class _Module:
         for x, place in self._users(computation).get(read.name, []):
             if x.opcode in _SLICES and place == 0:
                 total += _bytes(x.type, everywhere=True)
-            elif x.opcode == "dynamic-update-slice" and place == 0:
+            elif x.opcode in _UPDATES and place == 0:
                 continue  # written in place
             elif x.opcode in ("tuple", *COLLECTIVES):
                 continue  # passed along
@@ -307,8 +310,8 @@ class _Module:
             inner = x.called["calls"][0]
             root = self._root(inner)
             return math.inf if root.opcode == "tuple" else self._updated(inner, root)
-        if x.opcode == "dynamic-update-slice":
-            return _bytes(here[x.operands[1]].type, everywhere=True)
+        if x.opcode in _UPDATES:
+            return _bytes(here[x.operands[_UPDATES[x.opcode]]].type, everywhere=True)
         # Passed along, as by the pieces of work among which a collective goes on.
         return 0 if x.opcode in ("parameter", *COLLECTIVES) else math.inf
 

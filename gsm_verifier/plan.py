@@ -241,7 +241,7 @@ class Programs:
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
         prefill, advance = engine.programs(model, mesh, sampling)
         params = _parameters(mesh, model, cast=True)
-        pages = sampling.pages(C)
+        pages = sampling.pages(mesh, P * C)
         slots = decode.slot_shapes(model, mesh, P, C, S, pages)
         orders = jax.tree.map(
             lambda x: _array(mesh, "PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),

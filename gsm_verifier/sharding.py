@@ -13,8 +13,9 @@ strings, and here, as logical sharding axes.
 | N | query heads | | M | completions of a problem (host) |
 | K | key/value heads | | R | rows of a record shard (host) |
 | G | query heads per key/value head | | A | accumulated microbatches |
-| H | head size | | Z | pages of a prompt's branches (sampler) |
-| | | | J | pages of one branch (sampler) |
+| H | head size | | U | pools of pages, one for each device of rows (sampler) |
+| | | | Z | pages of a pool (sampler) |
+| | | | J | pages of a branch (sampler) |
 
 A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded over their width) and
 `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
@@ -37,6 +38,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "P": ("data", "fsdp"),
+    "U": ("data", "fsdp"),
     "D": ("fsdp",),
     "F": ("tensor",),
     "N": ("tensor",),

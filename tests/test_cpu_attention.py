@@ -35,23 +35,24 @@ def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int, J: int = 3) 
     would show.
     """
     rng = np.random.default_rng(0)
-    Z = T * J + 1
-    new, prompt, own = (B, T, K, H), (B, K, S, H), (B, Z, K, W, H)
+    U = B if B % 4 else 4  # pools, which a mesh can cut
+    Z = B // U * T * J + 1
+    new, prompt, own = (B, T, K, H), (B, K, S, H), (U, Z, K, W, H)
     shapes = ((B, T, K, G, H), new, new, prompt, prompt, own, own)
     # Of numbers that are bfloat16 too.
     arrays = [np.asarray(jnp.bfloat16(rng.normal(size=s)), np.float32) for s in shapes]
     prompt_k, prompt_v, own_k, own_v = arrays[3:]
     length_B = np.linspace(0, S, B).round().astype(np.int32)
     age_BT = (np.arange(B * T, dtype=np.int32) * 7 % (J * W + 1)).reshape(B, T)
-    dealt_BTJ = np.stack([rng.permutation(Z)[: T * J].reshape(T, J) for _ in range(B)])
+    dealt_BTJ = np.stack([rng.permutation(Z)[:-1] for _ in range(U)]).reshape(B, T, J)
     table_BTJ = np.where(np.arange(J) <= age_BT[..., None] // W, dealt_BTJ, NOWHERE)
     for b, length in enumerate(length_B):
         prompt_k[b, :, length:] = prompt_v[b, :, length:] = 1e3
         for t, j in np.ndindex(T, J):
             # What is at its age is about to be replaced.
             unseen = slice(max(age_BT[b, t] - j * W, 0), None)
-            own_k[b, dealt_BTJ[b, t, j], :, unseen] = 1e3
-            own_v[b, dealt_BTJ[b, t, j], :, unseen] = 1e3
+            own_k[b // (B // U), dealt_BTJ[b, t, j], :, unseen] = 1e3
+            own_v[b // (B // U), dealt_BTJ[b, t, j], :, unseen] = 1e3
     return [*arrays, length_B, age_BT, table_BTJ.astype(np.int32)]
 
 
@@ -91,7 +92,7 @@ def both(
     ],
 )
 def test_the_kernel_is_the_attention_in_jax(K: int, G: int, H: int, S: int, W: int) -> None:
-    B = 4
+    B = 8
     arrays = example(B, -(-(3 * W + 1) // B), K, G, H, S, W)
     assert set(arrays[-2].flat) == set(range(3 * W + 1))
     kernel, pages = both(arrays)
@@ -118,7 +119,7 @@ def test_every_length_of_a_prompt() -> None:
 @needs_compiler
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
 def test_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
-    mesh, arrays = make_mesh(*sizes), example(4, 5, 2, 3, 32, 32, 24)
+    mesh, arrays = make_mesh(*sizes), example(8, 5, 2, 3, 32, 32, 24)
     alone, _ = both(arrays)
     with jax.set_mesh(mesh):
         placed = [

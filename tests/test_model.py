@@ -351,8 +351,8 @@ def test_cached_branches_equal_the_whole_sequence(family: str, scan: bool) -> No
     context: Any = Packed(causal(7, 2).visible_BTS, keep=True)
     _, kept = apply(config, params, tokens, position_BT, context)
     K, H, L = config.kv_heads, config.head_size, config.layers
-    table_PCJ = np.array([[[7, 2], [3, 0], [6, 4]], [[1, 5], [0, 2], [4, 3]]])
-    stale = jnp.full((2, 8, K, 4, H), 7.0)  # what finished slots left behind
+    table_PCJ = np.random.default_rng(0).permutation(13)[:12].reshape(2, 3, 2)
+    stale = jnp.full((1, 13, K, 4, H), 7.0)  # what finished slots left behind
     caches: Any = (
         BranchCache(*kept, *[jnp.broadcast_to(stale, (L, *stale.shape))] * 2)
         if scan

@@ -142,6 +142,30 @@ def test_what_a_tpus_compiler_writes() -> None:
     assert got.hbm == pytest.approx(12 * 3 * big, rel=1e-3)
 
 
+def test_what_is_updated_in_place_moves_the_update_alone() -> None:
+    """As a TPU writes a slot's key: its scatter, in a fusion or alone, is given the whole cache."""
+    alone = """HloModule jit_f, is_scheduled=true
+
+%write (cache: bf16[64,32,128], at: s32[4,1], new: bf16[4,32,128]) -> bf16[64,32,128] {
+  %cache = bf16[64,32,128]{2,1,0} parameter(0)
+  %at = s32[4,1]{1,0} parameter(1)
+  %new = bf16[4,32,128]{2,1,0} parameter(2)
+  ROOT %kept = bf16[64,32,128]{2,1,0} scatter(%cache, %at, %new), update_window_dims={1,2}, to_apply=%second
+}
+"""  # noqa: E501
+    fused = """
+ENTRY %main (cache.1: bf16[64,32,128], at.1: s32[4,1], new.1: bf16[4,32,128]) -> bf16[64,32,128] {
+  %cache.1 = bf16[64,32,128]{2,1,0} parameter(0)
+  %at.1 = s32[4,1]{1,0} parameter(1)
+  %new.1 = bf16[4,32,128]{2,1,0} parameter(2)
+  ROOT %out = bf16[64,32,128]{2,1,0} fusion(%cache.1, %at.1, %new.1), kind=kCustom, calls=%write
+}
+"""
+    moved = 4 * 4 + 2 * (4 * 32 * 128 * 2)
+    assert hlo.work(alone.replace("%write", "ENTRY %write")).hbm == moved
+    assert hlo.work(alone + fused).hbm == moved
+
+
 def dense(tokens: int) -> int:
     """FLOPs of the layers' matrices, forward, written out."""
     attention = 4 * WIDTH * HEADS * SIZE

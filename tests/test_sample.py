@@ -302,8 +302,9 @@ def test_pages_are_dealt_to_one_slot_each_and_come_back(
     other = engine_of(
         config, params, mesh, tokenizer, end=common, slots=10, page=3, kept_share=0.2, chunk=4
     )
-    Z, J, W = other._sampling.pages(10)
-    assert J < Z < 10 * J
+    U, Z, J, W = other._sampling.pages(mesh, 40)
+    assert U == 1
+    assert J < Z < 40 * J
     runs, waited = [], 0
     deal = _Run._deal
 
@@ -311,15 +312,13 @@ def test_pages_are_dealt_to_one_slot_each_and_come_back(
         nonlocal waited
         runs.append(run)
         deal(run, orders)
-        for p, held in enumerate(run._held):
-            pages = sorted(itertools.chain(*held, run._free_pages[p]))
-            assert pages == list(range(Z))
-            assert orders.table_PCJ[p][orders.table_PCJ[p] != NOWHERE].size == sum(map(len, held))
-            busy = np.flatnonzero(run._sample[p] >= 0)
-            has = [W * len(held[c]) > run._length[p, c] for c in busy]
-            waited += has.count(False)
-            if len(busy):
-                assert has[run._started[p, busy].argmin()]
+        dealt = orders.table_PCJ[orders.table_PCJ != NOWHERE].tolist()
+        assert sorted(dealt + run._free_pages[0]) == list(range(Z))
+        room = W * (orders.table_PCJ != NOWHERE).sum(-1)
+        busy = run._sample >= 0
+        has = (room > run._length)[busy]
+        waited += (~has).sum()
+        assert has[run._started[busy].argmin()]
 
     monkeypatch.setattr(_Run, "_deal", watched)
     collect(other, requests_of(prompts, range(10)))

@@ -4,8 +4,8 @@
 `Branches` is one new token for each slot of the sampler, which sees its prompt, stored once for all
 slots of the prompt, and its own branch.
 
-A branch lies in pages, of which a prompt's slots share fewer than all would need if all were as
-long as they may get: most completions are much shorter, and a step must read all that is kept,
+A branch lies in pages, of which the slots of a device share fewer than all would need if all were
+as long as they may get: most completions are much shorter, and a step must read all that is kept,
 except by the kernel on CPU. What a query makes of its prompt and of each of its pages is united in
 float32: that is the softmax over all of it.
 """
@@ -212,12 +212,13 @@ def kept(config: ModelConfig, mesh: jax.sharding.Mesh) -> str:
 
 
 class BranchCache(NamedTuple):
-    """One layer's keys and values in the sampler: B prompts, and Z pages for the slots of each."""
+    """One layer's keys and values in the sampler: B prompts, and U pools of Z pages, each for the
+    slots of as many prompts."""
 
     prompt_k_BKSH: jax.Array
     prompt_v_BKSH: jax.Array
-    own_k_BZKWH: jax.Array
-    own_v_BZKWH: jax.Array
+    own_k_UZKWH: jax.Array
+    own_v_UZKWH: jax.Array
 
 
 def page_at(table_BTJ: jax.Array, age_BT: jax.Array, W: int) -> jax.Array:
@@ -229,23 +230,23 @@ def page_at(table_BTJ: jax.Array, age_BT: jax.Array, W: int) -> jax.Array:
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0, None))
-def _rows(x_BN: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
-    """Of each of B the rows of an index, or `otherwise` where that is past the end."""
-    return x_BN.at[index].get(mode="fill", fill_value=otherwise)
+def _rows(x_UN: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
+    """Of each pool's rows those of an index, or `otherwise` where that is past the end."""
+    return x_UN.at[index].get(mode="fill", fill_value=otherwise)
 
 
 @functools.partial(jax.vmap, in_axes=(0, None))
-def _owner(table_BTJ: jax.Array, Z: int) -> jax.Array:
+def _owner(table_UTJ: jax.Array, Z: int) -> jax.Array:
     """Whose each of Z pages is: t * J + j of the table, or T * J for nobody's."""
-    count = table_BTJ.size
-    return jnp.full(Z, count).at[table_BTJ.ravel()].set(jnp.arange(count), mode="drop")
+    count = table_UTJ.size
+    return jnp.full(Z, count).at[table_UTJ.ravel()].set(jnp.arange(count), mode="drop")
 
 
 @jax.vmap
-def _write(pages_BZKWH: Any, page_BT: Any, at_BT: Any, new_BTKH: Any) -> jax.Array:
+def _write(pages_UZKWH: Any, page_UT: Any, at_UT: Any, new_UTKH: Any) -> jax.Array:
     """The pages with each slot's new key or value at its place."""
-    new_BTKH = new_BTKH.astype(pages_BZKWH.dtype)
-    return pages_BZKWH.at[page_BT, :, at_BT].set(new_BTKH, mode="drop")
+    new_UTKH = new_UTKH.astype(pages_UZKWH.dtype)
+    return pages_UZKWH.at[page_UT, :, at_UT].set(new_UTKH, mode="drop")
 
 
 @jax.tree_util.register_dataclass
@@ -255,8 +256,8 @@ class Branches:
     moment it started can change its numbers.
 
     Attributes:
-      table_BTJ: int32, a slot's pages in order, or NOWHERE. A slot without one for its age is left
-        out: it writes nothing, and what it gets says nothing.
+      table_BTJ: int32, a slot's pages in its pool, in order, or NOWHERE. A slot without one for its
+        age is left out: it writes nothing, and what it gets says nothing.
     """
 
     prompt_length_B: jax.Array
@@ -288,7 +289,7 @@ class Branches:
         q *= look.scale or q.shape[-1] ** -0.5
         slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
         out, own_k, own_v = cpu_attention.decode_attention(q, k, v, *cache, *slots, window)
-        cache = cache._replace(own_k_BZKWH=own_k, own_v_BZKWH=own_v)
+        cache = cache._replace(own_k_UZKWH=own_k, own_v_UZKWH=own_v)
         return out.astype(q_BTKGH.dtype), cache
 
     def _pages(
@@ -323,35 +324,39 @@ class Branches:
         cache: BranchCache,
         look: Look,
     ) -> tuple[jax.Array, BranchCache]:
-        Z, W = cache.own_k_BZKWH.shape[1], cache.own_k_BZKWH.shape[3]
-        J = self.table_BTJ.shape[2]
-        place = (page_at(self.table_BTJ, self.age_BT, W), self.age_BT % W)
-        cache = cache._replace(
-            own_k_BZKWH=_write(cache.own_k_BZKWH, *place, k_BTKH),
-            own_v_BZKWH=_write(cache.own_v_BZKWH, *place, v_BTKH),
-        )
-
-        length_B11 = self.prompt_length_B[:, None, None]
-        prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
-        in_prompt = look.near(prompt_S < length_B11, prompt_S)[:, None, :, None]
         words = (look.scale, look.cap)
+        prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
+        in_prompt = look.near(prompt_S < self.prompt_length_B[:, None, None], prompt_S)
+        in_prompt = in_prompt[:, None, :, None]
         prompt = part(q_BTKGH, SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt, *words)
 
-        # Every page is looked over by the query of the slot whose it is.
-        owner_BZ = _owner(self.table_BTJ, Z)
-        slot_BZ = owner_BZ // J
-        age_BZ = _rows(self.age_BT, slot_BZ, -1)
-        at_BZW = (owner_BZ % J * W)[..., None] + jnp.arange(W)
-        theirs = look._replace(position_BT=self.prompt_length_B[:, None] + age_BZ)
-        in_page = theirs.near(at_BZW <= age_BZ[..., None], length_B11 + at_BZW)[:, None, :, None]
-        q_BZKGH = _rows(q_BTKGH, slot_BZ, 0)
-        pages = part(q_BZKGH, OWN, cache.own_k_BZKWH, cache.own_v_BZKWH, in_page, *words)
-
-        nothing = Part(HIDDEN, 0.0, 0.0)
-        parts = jax.tree.map(
-            lambda shared, own, nothing: jnp.concatenate(
-                [shared[:, :, None], _rows(own, self.table_BTJ, nothing)], 2
-            ),
-            *(prompt, pages, nothing),
+        # From here on T are all slots of a pool.
+        U, Z, _, W, _ = cache.own_k_UZKWH.shape
+        length_BT = jnp.broadcast_to(self.prompt_length_B[:, None], self.age_BT.shape)
+        q_UTKGH, k_UTKH, v_UTKH, length_UT, age_UT, table_UTJ = (
+            x.reshape(U, -1, *x.shape[2:])
+            for x in (q_BTKGH, k_BTKH, v_BTKH, length_BT, self.age_BT, self.table_BTJ)
         )
+        place = (page_at(table_UTJ, age_UT, W), age_UT % W)
+        cache = cache._replace(
+            own_k_UZKWH=_write(cache.own_k_UZKWH, *place, k_UTKH),
+            own_v_UZKWH=_write(cache.own_v_UZKWH, *place, v_UTKH),
+        )
+        # Every page is looked over by the query of the slot whose it is.
+        J = table_UTJ.shape[2]
+        owner_UZ = _owner(table_UTJ, Z)
+        slot_UZ = owner_UZ // J
+        q_UZKGH = _rows(q_UTKGH, slot_UZ, 0)
+        age_UZ, length_UZ = _rows(age_UT, slot_UZ, -1), _rows(length_UT, slot_UZ, 0)
+        at_UZW = (owner_UZ % J * W)[..., None] + jnp.arange(W)
+        theirs = look._replace(position_BT=length_UZ + age_UZ)
+        in_page = theirs.near(at_UZW <= age_UZ[..., None], length_UZ[..., None] + at_UZW)
+        in_page = in_page[:, None, :, None]
+        pages = part(q_UZKGH, OWN, cache.own_k_UZKWH, cache.own_v_UZKWH, in_page, *words)
+
+        def together(shared: jax.Array, own: jax.Array, nothing: float) -> jax.Array:
+            own = _rows(own, table_UTJ, nothing).reshape(*self.table_BTJ.shape, *shared.shape[2:])
+            return jnp.concatenate([shared[:, :, None], own], 2)
+
+        parts = jax.tree.map(together, prompt, pages, Part(HIDDEN, 0.0, 0.0))
         return softmax(union(parts, 2)).astype(q_BTKGH.dtype), cache

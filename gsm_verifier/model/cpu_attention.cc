@@ -213,9 +213,9 @@ void Transpose(MatrixOf<E> x, Size rows, Size columns, Matrix to) {
 
 template <typename E>
 struct Decode {
-  Size B, T, K, G, H, S, Z, W, J;
+  Size B, T, K, G, H, S, U, Z, W, J;
   float *q_BTKGH, *k_BTKH, *v_BTKH;
-  E *prompt_k_BKSH, *prompt_v_BKSH, *own_k_BZKWH, *own_v_BZKWH;
+  E *prompt_k_BKSH, *prompt_v_BKSH, *own_k_UZKWH, *own_v_UZKWH;
   float* out_BTKGH;
   const int32_t *length_B, *age_BT, *table_BTJ, *window;
 
@@ -229,8 +229,8 @@ struct Decode {
 
   // Where in the pages that is which slot t of prompt b has at a position, of head k.
   Size Place(Size b, Size t, Size k, Size at) const {
-    const Size page = table_BTJ[(b * T + t) * J + at / W];
-    return (((b * Z + page) * K + k) * W + at % W) * H;
+    const Size pool = b / (B / U), page = table_BTJ[(b * T + t) * J + at / W];
+    return (((pool * Z + page) * K + k) * W + at % W) * H;
   }
 
   // All slots of prompt b, for key/value head k.
@@ -264,17 +264,17 @@ struct Decode {
       const Size from = std::max<Size>(age + 1 - reach, 0), size = age + 1 - from;
       const Size place = Place(b, t, k, age);
       for (Size h = 0; h < H; ++h) {
-        Put(own_k_BZKWH + place + h, k_BTKH[slot * H + h]);
-        Put(own_v_BZKWH + place + h, v_BTKH[slot * H + h]);
+        Put(own_k_UZKWH + place + h, k_BTKH[slot * H + h]);
+        Put(own_v_UZKWH + place + h, v_BTKH[slot * H + h]);
       }
       // work(its keys or values, how many, where they begin among the logits) of each page.
-      const auto pages = [&](E* own_BZKWH, auto work) {
+      const auto pages = [&](E* own_UZKWH, auto work) {
         for (Size at = from, end; at <= age; at = end) {
           end = std::min((at / W + 1) * W, age + 1);
-          work(MatrixOf<E>{own_BZKWH + Place(b, t, k, at), H}, end - at, at - from);
+          work(MatrixOf<E>{own_UZKWH + Place(b, t, k, at), H}, end - at, at - from);
         }
       };
-      pages(own_k_BZKWH, [&](MatrixOf<E> keys, Size positions, Size at) {
+      pages(own_k_UZKWH, [&](MatrixOf<E> keys, Size positions, Size at) {
         Dots(Matrix{q.row(i * G), H}, keys, Matrix{own.data + at, own.stride}, G, positions, H);
       });
       for (Size g = 0; g < G; ++g) {
@@ -285,7 +285,7 @@ struct Decode {
         const float top = Top(own.row(g), Padded(size), Top(shared, prompt, kHidden));
         total[i * G + g] = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
       }
-      pages(own_v_BZKWH, [&](MatrixOf<E> values, Size positions, Size at) {
+      pages(own_v_UZKWH, [&](MatrixOf<E> values, Size positions, Size at) {
         Multiply(Matrix{own.data + at, own.stride}, values, Matrix{y.row(i * G), H}, G, positions,
                  H, at > 0);
       });
@@ -513,8 +513,8 @@ ffi::Error RunDecode(ffi::ThreadPool pool, Floats<5> q, Floats<4> k, Floats<4> v
     return ffi::Error::Internal("the caches must be updated in place");
   const auto d = q.dimensions(), pages = own_k.dimensions();
   const Decode<ffi::NativeType<type>> step{
-      d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], pages[1], pages[3],
-      table.dimensions()[2],
+      d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], pages[0], pages[1],
+      pages[3], table.dimensions()[2],
       q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
       prompt_v.typed_data(), own_k.typed_data(), own_v.typed_data(), out->typed_data(),
       length.typed_data(), age.typed_data(), table.typed_data(), window.typed_data()};
@@ -531,15 +531,15 @@ auto DecodeBinding() {
       .template Arg<Floats<4>>()    // v_BTKH
       .template Arg<Of<type, 4>>()  // prompt_k_BKSH
       .template Arg<Of<type, 4>>()  // prompt_v_BKSH
-      .template Arg<Of<type, 5>>()  // own_k_BZKWH
-      .template Arg<Of<type, 5>>()  // own_v_BZKWH
+      .template Arg<Of<type, 5>>()  // own_k_UZKWH
+      .template Arg<Of<type, 5>>()  // own_v_UZKWH
       .template Arg<Int32s<1>>()    // prompt_length_B
       .template Arg<Int32s<2>>()    // age_BT
       .template Arg<Int32s<3>>()    // table_BTJ
       .template Arg<Int32s<0>>()    // window, 0 for none
       .template Ret<Floats<5>>()    // out_BTKGH
-      .template Ret<Of<type, 5>>()  // own_k_BZKWH
-      .template Ret<Of<type, 5>>()  // own_v_BZKWH
+      .template Ret<Of<type, 5>>()  // own_k_UZKWH
+      .template Ret<Of<type, 5>>()  // own_v_UZKWH
       .template Attr<int64_t>("flops");
 }
 

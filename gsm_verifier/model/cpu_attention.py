@@ -100,7 +100,7 @@ def available() -> bool:
 
 Q, KV, SEEN = "BTKGH", "BTKH", "BTS"  # the dimensions of queries, of keys and values, of a mask
 TOTAL = "BTKG"  # of the logarithm of the sum of a query's weights
-SHARED, PAGES = "BKSH", "BZKWH"  # keys and values of a prompt, and of pages of its branches
+SHARED, PAGES = "BKSH", "UZKWH"  # keys and values of a prompt, and of pages of branches
 
 
 def _call(
@@ -133,8 +133,8 @@ def _call(
 
 def _decode_flops(*parts: Any) -> int:
     """Of all slots with all of the prompt, and of all pages."""
-    q_BTKGH, prompt_BKSH, pages_BZKWH = parts[0], parts[3], parts[5]
-    return 4 * (q_BTKGH.size * prompt_BKSH.shape[2] + q_BTKGH.shape[3] * pages_BZKWH.size)
+    q_BTKGH, prompt_BKSH, pages_UZKWH = parts[0], parts[3], parts[5]
+    return 4 * (q_BTKGH.size * prompt_BKSH.shape[2] + q_BTKGH.shape[3] * pages_UZKWH.size)
 
 
 def decode_attention(
@@ -143,8 +143,8 @@ def decode_attention(
     v_BTKH: jax.Array,
     prompt_k_BKSH: jax.Array,
     prompt_v_BKSH: jax.Array,
-    own_k_BZKWH: jax.Array,
-    own_v_BZKWH: jax.Array,
+    own_k_UZKWH: jax.Array,
+    own_v_UZKWH: jax.Array,
     prompt_length_B: jax.Array,
     age_BT: jax.Array,
     table_BTJ: jax.Array,
@@ -156,7 +156,8 @@ def decode_attention(
       q_BTKGH: scaled, float32.
       k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet; float32.
       prompt_k_BKSH and the others: of one of `DTYPES`, which holds the new ones without loss.
-      table_BTJ: a slot's pages; without one for its age, it is left out, and gets 0.
+      table_BTJ: a slot's pages, in the pool of its prompt, of which there are U for as many prompts
+        each; without one for its age, it is left out, and gets 0.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
 
     Returns:
@@ -173,13 +174,13 @@ def decode_attention(
         v_BTKH,
         prompt_k_BKSH,
         prompt_v_BKSH,
-        own_k_BZKWH,
-        own_v_BZKWH,
+        own_k_UZKWH,
+        own_v_UZKWH,
         prompt_length_B.astype(jnp.int32),
         age_BT.astype(jnp.int32),
         table_BTJ.astype(jnp.int32),
         window,
-        dtype=own_k_BZKWH.dtype,
+        dtype=own_k_UZKWH.dtype,
         aliases={5: 1, 6: 2},
     )
 

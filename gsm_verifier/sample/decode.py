@@ -2,7 +2,7 @@
 
 P prompts are in flight, each with C slots; a slot grows one completion. A prompt's keys and values
 are computed and stored once for all its slots; those of a completion lie in pages, which the host
-deals out to the slots of a prompt as they grow. A slot that needs a page and has none waits. The
+deals out to the slots of a device as they grow. A slot that needs a page and has none waits. The
 device sees token ids and small integer tables only; when an annotation's `=` has come (see
 `Tokenizer.grammar`), it stops and asks the host.
 
@@ -43,12 +43,14 @@ BLOCK = 64  # of the vocabulary at most, in the two-level inverse CDF
 
 
 class Pages(NamedTuple):
-    """How the keys and values of a prompt's completions are kept.
+    """How the keys and values of completions are kept.
 
     Attributes:
-      Z: pages of a prompt. J: the most that a completion needs. W: positions of each.
+      U: pools, each for as many prompts. Z: pages of a pool. J: the most that a completion needs.
+      W: positions of each.
     """
 
+    U: int
     Z: int
     J: int
     W: int
@@ -83,11 +85,12 @@ class Sampling:
     kept_share: float = 1.0
     page: int = 64
 
-    def pages(self, C: int) -> Pages:
-        """For C slots of a prompt; always enough for one to come to its end."""
+    def pages(self, mesh: jax.sharding.Mesh, slots: int) -> Pages:
+        """For all slots on a mesh; in each pool enough for one to come to its end."""
+        U = sharding.row_devices(mesh)
         J = math.ceil(self.max_tokens / self.page)
-        Z = max(J, math.ceil(self.kept_share * C * J))
-        return Pages(Z, J, math.ceil(self.max_tokens / J))
+        Z = max(J, math.ceil(self.kept_share * (slots // U) * J))
+        return Pages(U, Z, J, math.ceil(self.max_tokens / J))
 
 
 class Slots(NamedTuple):
@@ -160,14 +163,14 @@ def no_orders(P: int, C: int, J: int) -> Orders:
 def slot_shapes(
     config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, pages: Pages
 ) -> Slots:
-    """Shapes and shardings of P prompts of at most S tokens, with C slots and `pages` each."""
+    """Shapes and shardings of P prompts of at most S tokens, with C slots each, and pages."""
 
     def array(letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
     K, H, dtype = config.kv_heads, config.head_size, kept(config, mesh)
 
-    prompts, own = (P, K, S, H), (P, pages.Z, K, pages.W, H)
+    prompts, own = (P, K, S, H), (pages.U, pages.Z, K, pages.W, H)
     shapes = zip(CACHE, (prompts, prompts, own, own), strict=True)
     cache = BranchCache(*(array(letters, dtype, *shape) for letters, shape in shapes))
 
@@ -193,7 +196,7 @@ def slot_shapes(
 def empty_slots(
     config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, pages: Pages
 ) -> Slots:
-    """P prompts of at most S tokens, with C idle slots and `pages` each."""
+    """P prompts of at most S tokens, with C idle slots each, and pages."""
     shapes = slot_shapes(config, mesh, P, C, S, pages)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
@@ -324,7 +327,7 @@ def draw(
 
 def active_slots(slots: Slots) -> jax.Array:
     """Which take a step: those that run and have a page for it, [P, C]."""
-    W = slots.caches[0].own_k_BZKWH.shape[3]
+    W = slots.caches[0].own_k_UZKWH.shape[3]
     page_PC = page_at(slots.table_PCJ, slots.age_PC, W)
     return (slots.status_PC == RUNNING) & (page_PC != NOWHERE)
 

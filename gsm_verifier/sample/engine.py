@@ -155,13 +155,15 @@ class _Run:
     def __init__(self, engine: Engine, queue: list[Request], S: int):
         self._e, self._queue, self._S = engine, queue[::-1], S
         P, C, W = len(engine._here), engine._C, engine._sampling.max_tokens
-        self._pages = engine._sampling.pages(C)
+        self._pages = engine._sampling.pages(engine._mesh, engine._P * C)
         self._rows: list[_Row | None] = [None] * P
         self._sample = np.full((P, C), -1, np.int64)  # -1: idle
         self._started = np.zeros((P, C), np.int64)  # counts up
         self._starts = 0
         self._held: list[list[list[int]]] = [[[] for _ in range(C)] for _ in range(P)]  # pages
-        self._free_pages = [list(range(self._pages.Z)) for _ in range(P)]
+        pools = len(engine._share.blocks)
+        self._pool = np.repeat(np.arange(pools), P // pools)  # of a row
+        self._free_pages = [list(range(self._pages.Z)) for _ in range(pools)]
         self._tokens = np.zeros((P, C, W), np.int32)
         self._forced = np.zeros((P, C, W), bool)
         self._logprob = np.zeros((P, C, W), np.float64)
@@ -253,19 +255,20 @@ class _Run:
     def _deal(self, orders: decode.Orders) -> None:
         """Give slots the pages that the next chunk can fill, the oldest first.
 
-        What the oldest of a prompt may still need stays free for it: it can always go on, and
-        leaves its pages to the next.
+        What the oldest of a pool may still need stays free for it: it can always go on, and leaves
+        its pages to the next.
         """
-        chunk, (_, J, W) = self._e._sampling.chunk, self._pages
-        for p, (held, free) in enumerate(zip(self._held, self._free_pages, strict=True)):
-            busy = np.flatnonzero(self._sample[p] >= 0)
-            by_age = busy[np.argsort(self._started[p, busy])]
-            for c in by_age:
-                reserved = J - len(held[by_age[0]]) if c != by_age[0] else 0
-                wanted = min(J, math.ceil((self._length[p, c] + chunk) / W))
-                while len(held[c]) < wanted and len(free) > reserved:
-                    held[c].append(free.pop())
-                orders.table_PCJ[p, c, : len(held[c])] = held[c]
+        chunk, J, W = self._e._sampling.chunk, self._pages.J, self._pages.W
+        oldest: dict[int, int] = {}  # of a pool, what it may still need
+        busy = np.argwhere(self._sample >= 0)
+        for p, c in busy[np.argsort(self._started[tuple(busy.T)])]:
+            pool, held = self._pool[p], self._held[p][c]
+            free, reserved = self._free_pages[pool], oldest.get(pool, 0)
+            wanted = min(J, math.ceil((self._length[p, c] + chunk) / W))
+            while len(held) < wanted and len(free) > reserved:
+                held.append(free.pop())
+            oldest.setdefault(pool, J - len(held))
+            orders.table_PCJ[p, c, : len(held)] = held
 
     def _read(self, trace: decode.Trace) -> np.ndarray:
         """Append what the slots wrote; the slots' status."""
@@ -333,7 +336,7 @@ class _Run:
             finished=bool(tokens[-1] == self._e._sampling.end),
         )
         self._sample[p, c] = -1
-        self._free_pages[p] += self._held[p][c]
+        self._free_pages[self._pool[p]] += self._held[p][c]
         self._held[p][c] = []
         return completion
 
