@@ -102,7 +102,7 @@ def real(config: ConfigDict, preset: Preset) -> None:
         config[stage].update(row_tokens=1024, microbatch_rows=max(8, preset.chips))
         config[stage].update(learning_rate=preset.learning_rate, clip_norm=1.0)
     config.score.update(row_tokens=1024, rows=max(8, preset.chips))
-    config.sample.prompts = preset.prompts
+    config.sample.update(prompts=preset.prompts, kept_share=0.4)  # of solutions like GSM8K's
     config.pretrain.documents = "documents.jsonl"  # yours, where the pretraining is asked for
 
 
@@ -119,7 +119,7 @@ def smollm2(config: ConfigDict) -> None:
     config.data.update(test_size=200)
     config.sample.update(train_problems=300, completions=20, heldout_completions=0)
     # Fewer slots than completions: one that is done early makes room for the next.
-    config.sample.update(test_completions=20, max_tokens=240, prompts=48, slots=4)
+    config.sample.update(test_completions=20, max_tokens=240, prompts=48, slots=4, kept_share=1.0)
     config.records.shard_problems = 25
 
 

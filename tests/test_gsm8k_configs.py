@@ -236,7 +236,7 @@ def test_a_model_is_pinned_and_follows_the_papers_protocol(name: str) -> None:
     differs = {key for key, value in given.items() if value != known[key]}
     sizes = {"row_tokens", "microbatch_rows", "rows", "prompts", "learning_rate", "clip_norm"}
     more = {"model.pretrained", "model.dtype", "model.remat", "mesh.fsdp"}
-    more |= {"mesh.sampling", "pretrain.documents"}
+    more |= {"sample.kept_share", "mesh.sampling", "pretrain.documents"}
     assert {key for key in differs if key.split(".")[1] not in sizes} <= more
 
 

@@ -19,5 +19,6 @@ CHANGES = {f"{stage}.epochs": 0.0 for stage in ("finetune", "baseline", "verify"
     "sample.train_problems": 1,
     "sample.completions": 1,
     "sample.heldout_completions": 0,
+    "sample.kept_share": 1.0,  # few end before max_tokens
 }
 get_config = COMMON["word"](CHANGES)

@@ -11,7 +11,7 @@ from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
-from gsm_verifier.sharding import constrain
+from gsm_verifier.sharding import constrain, parts
 from gsm_verifier.train.batch import Batch
 
 
@@ -50,13 +50,22 @@ def _total(loss: Callable[..., jax.Array], table_VD: jax.Array, pieces: Any) -> 
 
 
 def _total_forward(loss: Any, table_VD: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
-    def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
-        value, (d_table_VD, d_hidden) = jax.value_and_grad(loss, (0, 1))(table_VD, *piece)
-        return jax.tree.map(jnp.add, carry, (value, d_table_VD)), d_hidden
+    """Each device adds up the gradients of its own rows, so that they are summed over devices once,
+    not with every piece."""
+    B, n = pieces[0].shape[1], parts("B")
+    n = n if B % n == 0 else 1
 
-    zero_VD = constrain(jnp.zeros_like(table_VD), "VD")
-    (total, d_table_VD), d_hidden = jax.lax.scan(add, (jnp.zeros(()), zero_VD), pieces)
-    return total, (d_table_VD, d_hidden)
+    def by_device(x: jax.Array) -> jax.Array:
+        return constrain(x.reshape(n, B // n, *x.shape[1:]), ("B", *[None] * x.ndim))
+
+    def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
+        each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (None, 0, 0, 0))
+        value, (d_table, d_hidden) = each(table_VD, *map(by_device, piece))
+        return jax.tree.map(jnp.add, carry, (value, d_table)), d_hidden.reshape(piece[0].shape)
+
+    zero = constrain(jnp.zeros((n, *table_VD.shape), table_VD.dtype), ("B", "V", None))
+    (total, d_table), d_hidden = jax.lax.scan(add, (jnp.zeros(n), zero), pieces)
+    return total.sum(), (constrain(d_table.sum(0), "VD"), d_hidden)
 
 
 def _total_backward(loss: Any, kept: Any, g: jax.Array) -> tuple[Any, ...]:
