@@ -135,6 +135,22 @@ def test_scaling() -> None:
     assert sent[1] / sent[0] == pytest.approx((2 * 3 / 4) / (2 * 1 / 2), rel=0.01)
 
 
+def test_slots(folders: list[str]) -> None:
+    """Room for a fifth makes some wait: more steps, of which fewer are useful."""
+    sizes = ["--problems", "6", "--completions", "12", "--prompts", "2", "--slots", "6"]
+    command = [sys.executable, "-m", "benchmarks.slots", *folders[2:], *sizes, "--tokens", "256"]
+    done = subprocess.run(
+        [*command, "--kept", "1.0", "0.2"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    full, less = map(json.loads, done.stdout.splitlines())
+    assert full["positions_a_slot"] == 256
+    assert less["positions_a_slot"] < 60
+    assert full["steps"] < less["steps"]
+    assert 1 > full["useful"] > less["useful"] > 0
+    tokens = [found["useful"] * found["steps"] for found in (full, less)]
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.01)
+
+
 @pytest.mark.skipif(not cpu_attention.available(), reason="no compiler")
 def test_attention() -> None:
     command = [sys.executable, "-m", "benchmarks.cpu_attention", "--rounds", "1", "--calls", "1"]

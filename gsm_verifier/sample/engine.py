@@ -42,7 +42,10 @@ class Request:
 
 @dataclass
 class _Row:
-    """A prompt in flight: whose it is and which samples are still to be started."""
+    """A prompt, in flight or queued: whose it is and which samples are still to be started.
+
+    Several may be of one problem, each with some of its samples.
+    """
 
     request: Request
     waiting: list[int]
@@ -54,9 +57,12 @@ def problem_key(problem: str) -> int:
 
 
 def prefill_rows(P: int, mesh: jax.sharding.Mesh) -> int:
-    """How many of P prompts share a prefill: some for every device."""
-    devices = sharding.row_devices(mesh)
-    return min(P, math.ceil(max(4, mesh.size) / devices) * devices)
+    """How many of P prompts share a prefill: one for each device that works on rows of its own.
+
+    With more, rows that are done would wait for each other: with 4 where this is 1, 9 of 100
+    slot-steps were lost so. One prompt's positions are rows enough for a product.
+    """
+    return min(P, sharding.row_devices(mesh))
 
 
 def mesh_of(config: ModelConfig, mesh: jax.sharding.Mesh, where: str) -> jax.sharding.Mesh:
@@ -153,7 +159,8 @@ class _Run:
     """One call of `Engine.run`: the host's picture of the slots."""
 
     def __init__(self, engine: Engine, queue: list[Request], S: int):
-        self._e, self._queue, self._S = engine, queue[::-1], S
+        self._e, self._S = engine, S
+        self._queue = [_Row(request, list(request.samples)[::-1]) for request in queue[::-1]]
         P, C, W = len(engine._here), engine._C, engine._sampling.max_tokens
         self._pages = engine._sampling.pages(engine._mesh, engine._P * C)
         self._rows: list[_Row | None] = [None] * P
@@ -212,11 +219,22 @@ class _Run:
 
     def _prefills(self) -> int:
         """Prefills this process wants now; while others run, only ones with all rows in use."""
+        self._split()
         batch = min(len(self._free()), len(self._queue))
         some_run = (self._sample >= 0).any()
         if batch < min(self._prefill_rows, len(self._queue)) and some_run:
             return 0
         return math.ceil(batch / self._prefill_rows)
+
+    def _split(self) -> None:
+        """At the end of the queue let idle rows take half of what waits in others."""
+        for _ in range(len(self._free()) - len(self._queue)):
+            most = max(filter(None, self._rows), key=lambda row: len(row.waiting), default=None)
+            if most is None or len(most.waiting) < self._e._C:
+                return
+            half = len(most.waiting) // 2
+            self._queue.append(_Row(most.request, most.waiting[:half]))
+            del most.waiting[:half]
 
     def _admit(self) -> None:
         """Give rows that are done new prompts, as many as share a prefill."""
@@ -225,8 +243,8 @@ class _Run:
         where = np.full(self._prefill_rows, self._e._P, np.int32)
         several = min(self._prefill_rows, len(self._queue))
         for b, p in enumerate(self._free()[:several]):
-            request = self._queue.pop()
-            self._rows[p] = _Row(request, list(request.samples)[::-1])
+            self._rows[p] = row = self._queue.pop()
+            request = row.request
             where[b] = self._e._here[p]
             tokens[b, : len(request.prompt)] = request.prompt
             length[b] = len(request.prompt)
