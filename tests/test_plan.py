@@ -198,10 +198,10 @@ def test_every_program_does_what_was_counted_by_hand(word: str, mesh: Mesh) -> N
     head = 2 * slots * WIDTH * V
     assert decoded.work.flops == pytest.approx(5 * (dense(slots) + head + kv), rel=0.01)
     # Of the last layer only keys and values are wanted; blocks of 32 queries see 1..7 blocks.
-    kv_only = 2 * S * 2 * 2 * WIDTH * HEADS * SIZE
+    kv_only = 2 * S * 2 * WIDTH * HEADS * SIZE
     blocks = sum(range(1, 8)) if not by_kernel else 7 * 7  # the most that it computes
-    causal = 2 * 2 * HEADS * SIZE * 2 * 32 * 32 * blocks
-    by_hand = (LAYERS - 1) * (dense(2 * S) // LAYERS + causal) + kv_only
+    causal = 2 * 2 * HEADS * SIZE * 32 * 32 * blocks
+    by_hand = (LAYERS - 1) * (dense(S) // LAYERS + causal) + kv_only
     assert prefill.work.flops == pytest.approx(by_hand, rel=0.001)
 
 
