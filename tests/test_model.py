@@ -578,8 +578,13 @@ def test_bfloat16_computes_nearly_the_same_with_float32_parameters(family: str) 
     assert 1e-4 < error < 0.03  # it really was bfloat16, and near
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("formula", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "...D,VD->...V"])
-def test_the_gradient_of_a_product_is_that_of_the_einsum(formula: str) -> None:
+def test_the_gradient_of_a_product_is_that_of_the_einsum(
+    formula: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as accelerators compute it, where one that will be rounded is rounded at once."""
+    monkeypatch.setattr(transformer.sharding, "platform", lambda: platform)
     sizes = dict(B=2, T=3, D=4, N=5, H=6, V=7)
     shapes = [
         [sizes[letter] for letter in part.replace("...", "BT")]
@@ -591,7 +596,10 @@ def test_the_gradient_of_a_product_is_that_of_the_einsum(formula: str) -> None:
         x_rounded = x.astype(dtype)
         return jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x_rounded, w)
 
-    ours = functools.partial(transformer._product, formula)
+    narrow = platform == "tpu"
+    ours = functools.partial(transformer._product, formula, narrow)
+    rounded = ours(x.astype("bfloat16"), w).dtype
+    assert rounded == ("bfloat16" if narrow else "float32")
     expected = gradient(functools.partial(jnp.einsum, formula), "float32")
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):
         found = gradient(ours, dtype)
