@@ -124,20 +124,19 @@ def test_records(tmp_path: Path) -> None:
 def test_scaling() -> None:
     """A device's share doesn't grow along the data axis; only gradients are sent, around a ring."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--config", "configs/quickstart.py:tiny"]
-    command += ["--devices", "1", "2", "4"]
+    command += ["--devices", "2", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    one, two, four = (json.loads(line)["programs"] for line in done.stdout.splitlines())
-    for name, program in one.items():
-        assert two[name]["gflop"] == four[name]["gflop"] == program["gflop"]
+    two, four = (json.loads(line)["programs"] for line in done.stdout.splitlines())
+    for name, program in two.items():
+        assert four[name]["gflop"] == program["gflop"]
         assert four[name]["memory_mib"] < 1.1 * program["memory_mib"]
-        assert not program["sent_mib"]
     sent = [found["finetune"]["sent_mib"]["all-reduce"] for found in (two, four)]
     assert sent[1] / sent[0] == pytest.approx((2 * 3 / 4) / (2 * 1 / 2), rel=0.01)
 
 
 def test_slots(folders: list[str]) -> None:
     """Room for a fifth makes some wait: more steps, of which fewer are useful."""
-    sizes = ["--problems", "6", "--completions", "12", "--prompts", "2", "--slots", "6"]
+    sizes = ["--problems", "4", "--completions", "12", "--prompts", "2", "--slots", "6"]
     command = [sys.executable, "-m", "benchmarks.slots", *folders[2:], *sizes, "--tokens", "256"]
     done = subprocess.run(
         [*command, "--kept", "1.0", "0.2"], cwd=ROOT, capture_output=True, text=True, check=True

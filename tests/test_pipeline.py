@@ -691,26 +691,17 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "after the generator's checkpoint",
-        "between two shards of samples",
-        "in verifier training",
-    ],
-)
-def test_a_killed_run_ends_as_the_whole_one(
-    name: str, finished, tmp_path: Path, environment
+def test_what_was_begun_with_a_temperature_is_not_finished_with_another(
+    finished, tmp_path: Path, environment
 ) -> None:
     folder = tmp_path / "killed"
-    stage, pattern = MOMENTS[name]
+    stage, pattern = MOMENTS["between two shards of samples"]
     kill_when(folder, environment, lambda: any(folder.glob(pattern)))
     assert (folder / f"{stage}.started").exists()
     assert not (folder / f"{stage}.done").exists()
-    if stage != "finetune":  # what was begun with a temperature is not finished with another
-        done = run_main(folder, environment, "--config.sample.temperature=0.9")
-        assert done.code == 1
-        assert "sample.temperature was 0.7 and is now 0.9" in done.err
+    done = run_main(folder, environment, "--config.sample.temperature=0.9")
+    assert done.code == 1
+    assert "sample.temperature was 0.7 and is now 0.9" in done.err
     done = run_main(folder, environment)
     assert done.code == 0, done.err
     same_run(folder, finished.folder)

@@ -268,7 +268,6 @@ def reference(engine: Engine, prompts: dict[str, list[int]]) -> Completions:
         dict(prompts=3, slots=10, chunk=1),
         dict(prompts=2, slots=3, chunk=64, patience=1000),
         dict(prompts=11, slots=1),  # more rows than problems, which share their samples
-        dict(page=3),
         dict(slots=10, page=3, chunk=7, kept_share=0.3),
         dict(slots=10, page=2, kept_share=0.01),  # room for one, if it is long
         dict(slots=10, page=4, kept_share=0.1, in_jax=True),
