@@ -230,7 +230,7 @@ class _Run:
         """At the end of the queue let idle rows take half of what waits in others."""
         for _ in range(len(self._free()) - len(self._queue)):
             most = max(filter(None, self._rows), key=lambda row: len(row.waiting), default=None)
-            if most is None or len(most.waiting) < self._e._C:
+            if most is None or len(most.waiting) < max(2, self._e._C):
                 return
             half = len(most.waiting) // 2
             self._queue.append(_Row(most.request, most.waiting[:half]))
