@@ -257,7 +257,9 @@ def _keys(folder: Path) -> dict[str, Any]:
 def _of_run(
     folder: Path, stage: str, keys: dict[str, Any], mesh: dict[str, int]
 ) -> Generator | Verifier:
-    options = ConfigDict(keys)
+    options = default()
+    with options.unlocked(), options.ignore_type():
+        options.update(keys)  # a run of before a key existed is one with its default
     options.mesh.update(mesh)  # of this machine, not of the one that trained it
     run = Run(options, folder)
     kind = Verifier if stage == "verifier" else Generator

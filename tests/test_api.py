@@ -147,6 +147,19 @@ def test_a_baseline_is_exported_as_greedy_and_never_over_anything(
         api.load(tmp_path)
 
 
+def test_a_run_of_before_a_key_existed_has_its_default(
+    run: Path, generator: api.Generator, problem: Problem, tmp_path: Path
+) -> None:
+    old = tmp_path / "run"
+    shutil.copytree(run, old)
+    keys = json.loads((old / "config.json").read_bytes())
+    del keys["sample"]["kept_share"]
+    (old / "config.json").write_text(json.dumps(keys))
+    [found] = api.load(old / "generator").sample(problem.question, temperature=0.0, max_tokens=8)
+    [expected] = generator.sample(problem.question, temperature=0.0, max_tokens=8)
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     ("name", "epochs", "message"),
     [
