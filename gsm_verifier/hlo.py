@@ -311,7 +311,9 @@ class _Module:
             root = self._root(inner)
             return math.inf if root.opcode == "tuple" else self._updated(inner, root)
         if x.opcode in _UPDATES:
-            return _bytes(here[x.operands[_UPDATES[x.opcode]]].type, everywhere=True)
+            update = here[x.operands[_UPDATES[x.opcode]]].type
+            # What it updates is written as a whole if it is made here.
+            return self._updated(computation, here[x.operands[0]]) + _bytes(update, everywhere=True)
         # Passed along, as by the pieces of work among which a collective goes on.
         return 0 if x.opcode in ("parameter", *COLLECTIVES) else math.inf
 

@@ -166,6 +166,26 @@ ENTRY %main (cache.1: bf16[64,32,128], at.1: s32[4,1], new.1: bf16[4,32,128]) ->
     assert hlo.work(alone + fused).hbm == moved
 
 
+def test_what_is_made_to_be_updated_is_written_as_a_whole() -> None:
+    program = """HloModule jit_f, is_scheduled=true
+
+%write (at: s32[4,1], new: f32[4,32,128]) -> f32[64,32,128] {
+  %at = s32[4,1]{1,0} parameter(0)
+  %new = f32[4,32,128]{2,1,0} parameter(1)
+  %zero = f32[] constant(0)
+  %zeros = f32[64,32,128]{2,1,0} broadcast(%zero), dimensions={}
+  ROOT %kept = f32[64,32,128]{2,1,0} scatter(%zeros, %at, %new), update_window_dims={1,2}, to_apply=%add
+}
+
+ENTRY %main (at.1: s32[4,1], new.1: f32[4,32,128]) -> f32[64,32,128] {
+  %at.1 = s32[4,1]{1,0} parameter(0)
+  %new.1 = f32[4,32,128]{2,1,0} parameter(1)
+  ROOT %out = f32[64,32,128]{2,1,0} fusion(%at.1, %new.1), kind=kCustom, calls=%write
+}
+"""  # noqa: E501
+    assert hlo.work(program).hbm == 4 * 4 + (4 + 64) * 32 * 128 * 4
+
+
 def dense(tokens: int) -> int:
     """FLOPs of the layers' matrices, forward, written out."""
     attention = 4 * WIDTH * HEADS * SIZE
