@@ -48,7 +48,7 @@ class _Row:
     """
 
     request: Request
-    waiting: list[int]
+    waiting: range
 
 
 def problem_key(problem: str) -> int:
@@ -160,7 +160,7 @@ class _Run:
 
     def __init__(self, engine: Engine, queue: list[Request], S: int):
         self._e, self._S = engine, S
-        self._queue = [_Row(request, list(request.samples)[::-1]) for request in queue[::-1]]
+        self._queue = [_Row(request, request.samples) for request in queue[::-1]]
         P, C, W = len(engine._here), engine._C, engine._sampling.max_tokens
         self._pages = engine._sampling.pages(engine._mesh, engine._P * C)
         self._rows: list[_Row | None] = [None] * P
@@ -233,8 +233,8 @@ class _Run:
             if most is None or len(most.waiting) < max(2, self._e._C):
                 return
             half = len(most.waiting) // 2
-            self._queue.append(_Row(most.request, most.waiting[:half]))
-            del most.waiting[:half]
+            self._queue.append(_Row(most.request, most.waiting[-half:]))
+            most.waiting = most.waiting[:-half]
 
     def _admit(self) -> None:
         """Give rows that are done new prompts, as many as share a prefill."""
@@ -261,7 +261,7 @@ class _Run:
             for c in np.flatnonzero(self._sample[p] < 0):
                 if not row.waiting:
                     break
-                sample = row.waiting.pop()
+                sample, row.waiting = row.waiting[0], row.waiting[1:]
                 self._sample[p, c] = sample
                 self._starts += 1
                 self._started[p, c] = self._starts
