@@ -157,7 +157,7 @@ def decode_attention(
       k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet; float32.
       prompt_k_BKSH and the others: of one of `DTYPES`, which holds the new ones without loss.
       table_BTJ: a slot's pages, in the pool of its prompt, of which there are U for as many prompts
-        each; without one for its age, it is left out, and gets 0.
+        each; without all pages up to its age, it is left out, and gets 0.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
 
     Returns:

@@ -49,11 +49,12 @@ def _product(formula: str, narrow: bool, x: jax.Array, w: jax.Array) -> jax.Arra
     """x @ w in x's dtype, accumulated in float32; so are the two products of its gradient.
 
     JAX's own gradient multiplies a float32 cotangent with x and w as they are, which XLA:CPU does
-    in float32, several times slower. Nothing is lost where the result is rounded to x's dtype.
+    in float32, several times slower.
 
     Args:
-      narrow: the result is rounded to x's dtype. Accelerators do that at once: devices that add up
-        their parts of it send half as much. CPUs leave it to the caller, which is faster.
+      narrow: the result may be rounded to x's dtype. Accelerators do that at once, before a bias is
+        added and before devices add up their parts of it, which so send half as much: with bfloat16
+        one rounding more than on one device. CPUs leave it to the caller, which is faster.
     """
     narrow = narrow and sharding.platform() != "cpu"
     dtype = x.dtype if narrow else jnp.float32
@@ -83,7 +84,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _project(formula: str, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """x @ w accumulated in float32 (on CPU much the faster way too), back in x's dtype."""
+    """x @ w accumulated in float32 on each device (on CPU the faster way too), in x's dtype."""
     y = _product(formula, True, x, w)
     return (y if bias is None else y + bias).astype(x.dtype)
 

@@ -96,7 +96,7 @@ class Sampling:
 class Slots(NamedTuple):
     """The whole state of the sampler on the device."""
 
-    caches: list[BranchCache]  # one a layer, with P prompts of C slots
+    caches: list[BranchCache]  # one a layer, with P prompts and the pages that slots share
     prompt_length_P: jax.Array
     last_token_P: jax.Array  # of the prompt: the first input of each of its branches
     status_PC: jax.Array
