@@ -65,8 +65,8 @@ def causal(T: int, rows: int = 1) -> Packed:
 def apply(
     config: ModelConfig, params: Params, *inputs: Any, dropout: float = 0.0, key: Any = None
 ) -> Any:
-    rngs = None if key is None else {"dropout": key}
-    return Transformer(config, dropout).apply(params, *inputs, rngs=rngs)
+    key_B = None if key is None else jax.random.split(key, inputs[0].shape[0])
+    return Transformer(config, dropout).apply(params, *inputs, key_B=key_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "method"))
@@ -632,7 +632,7 @@ def test_residual_dropout_drops_what_a_sublayer_adds() -> None:
                 position_BT,
                 [],
                 causal(32, 8),
-                rngs=None if key is None else {"dropout": key},
+                key_B=None if key is None else jax.random.split(key, 8),
             )
             return out - x_BTD
 

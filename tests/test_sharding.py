@@ -16,7 +16,7 @@ from gsm_verifier.model.transformer import Transformer
 from gsm_verifier.train import loop, optimizer
 from gsm_verifier.train.losses import Objective
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)]
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1), (1, 1, 2)]
 
 
 # Meshes and specs
@@ -124,6 +124,8 @@ def test_a_size_the_mesh_does_not_divide_is_refused_by_name(make_mesh: MakeMesh)
     assert "embed_VD" in str(caught.value)
     with pytest.raises(ValueError, match=r"wk_DKH.*dimension K of size 2 .* tensor = 4"):
         transformer.shardings(make_config("llama"), make_mesh(1, 2, 4))
+    with pytest.raises(ValueError, match=r"VD.*dimension V of size 128 .* tensor = 3"):
+        transformer.shardings(make_config("llama", heads=3, kv_heads=3), make_mesh(1, 1, 3))
     with pytest.raises(ValueError, match="dimension F of size 47"):
         transformer.init(make_config("llama", mlp_width=47), jax.random.key(0), make_mesh(1, 1, 2))
     transformer.shardings(make_config("llama", width=36), make_mesh(1, 4, 1))
@@ -158,8 +160,8 @@ def batch_fields(rows: int, T: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def trained(family: str, mesh: Mesh) -> tuple[loop.TrainState, list[float]]:
-    """The state and the losses of three steps of two microbatches on a mesh.
+def trained(family: str, mesh: Mesh, A: int) -> tuple[loop.TrainState, list[float]]:
+    """The state and the losses of three steps of A microbatches, with dropout, on a mesh.
 
     Adam's epsilon is large: it would turn the rounding of a gradient that is 0 into a whole step.
     """
@@ -174,12 +176,12 @@ def trained(family: str, mesh: Mesh) -> tuple[loop.TrainState, list[float]]:
         shapes.params,
         where.params,
     )
-    step = loop.make_step(Transformer(config), Objective(chunk=8), tx, seed=0)
+    step = loop.make_step(Transformer(config, dropout=0.2), Objective(chunk=8), tx, seed=0)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
         state = loop.TrainState(params, opt_state, jnp.zeros((), jnp.int32))
         step = jax.jit(step, out_shardings=(where, None))
-        batch = loop.device_batch(mesh, batch_fields(16, 16), 2)
+        batch = loop.device_batch(mesh, batch_fields(16, 16), A)
         losses = []
         for _ in range(3):
             state, metrics = step(state, batch)
@@ -197,8 +199,9 @@ def trained(family: str, mesh: Mesh) -> tuple[loop.TrainState, list[float]]:
 def test_training_is_the_same_on_every_mesh(
     family: str, sizes: tuple[int, ...], mesh: Mesh, make_mesh: MakeMesh
 ) -> None:
-    one, one_losses = trained(family, mesh)
-    many, many_losses = trained(family, make_mesh(*sizes))
+    """And by every cut of a step into microbatches."""
+    one, one_losses = trained(family, mesh, 2)
+    many, many_losses = trained(family, make_mesh(*sizes), 1)
     np.testing.assert_allclose(many_losses, one_losses, rtol=1e-5)
     assert one_losses[6] != pytest.approx(one_losses[0], rel=1e-3)  # it did train
     before = jax.tree.leaves(one.params)
@@ -207,7 +210,7 @@ def test_training_is_the_same_on_every_mesh(
 
 
 def test_parameters_and_moments_live_in_parts(make_mesh: MakeMesh) -> None:
-    state, _ = trained("llama", make_mesh(1, 4, 2))
+    state, _ = trained("llama", make_mesh(1, 4, 2), 1)
     adam = next(s for s in state.opt_state if hasattr(s, "mu"))
     expected = {  # D is cut in 4, N, K, F and V in 2, the rest is whole
         "embed_VD": (64, 8),

@@ -360,6 +360,15 @@ def test_microbatches_accumulate_to_the_gradient_of_the_whole_batch() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), whole, cut)
 
 
+def test_how_a_step_is_cut_does_not_change_what_dropout_drops() -> None:
+    batch = one_batch(judged(some_problems()))
+    cuts = [step_of(A, batch, dropout=0.3, steps=2)[1] for A in (1, 2, 4)]
+    for cut in cuts[1:]:
+        for row, expected in zip(cut, cuts[0], strict=True):
+            assert row == pytest.approx(expected, rel=1e-5)
+    assert cuts[0][0]["loss"] != pytest.approx(step_of(1, batch)[1][0]["loss"], rel=1e-3)
+
+
 def test_dropout_differs_between_steps_and_microbatches_and_nothing_else() -> None:
     half = jax.tree.map(lambda x: x[: ROWS // 2], one_batch(judged(some_problems())))
     twice = jax.tree.map(lambda x: np.concatenate([x, x]), half)
@@ -371,7 +380,9 @@ def test_dropout_differs_between_steps_and_microbatches_and_nothing_else() -> No
 
     @jax.jit
     def lm_loss(index: jax.Array) -> jax.Array:
-        sums = losses.loss_sums(model, params, half, PLAIN, jax.random.fold_in(key, index))
+        rows = index * ROWS // 2 + jnp.arange(ROWS // 2)
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        sums = losses.loss_sums(model, params, half, PLAIN, key_B)
         return losses.mean_losses(sums, half)["lm"]
 
     parts = [float(lm_loss(i)) for i in (0, 1)]

@@ -238,6 +238,23 @@ class Mlp(nn.Module):
         return constrain(_project("BTF,FD->BTD", h_BTF, w_FD, b_D), "BTD")
 
 
+def drop(y_BTD: jax.Array, rate: float, key_B: jax.Array | None, sublayer: int) -> jax.Array:
+    """Residual dropout (section 4.3), on what a sublayer adds to the residual stream.
+
+    A row's mask is of its own key: it doesn't depend on the rows beside it, nor on how many devices
+    share them.
+    """
+    if not rate:
+        return y_BTD
+    if key_B is None:
+        raise ValueError("dropout needs the rows' keys")
+
+    def mask(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, sublayer), 1 - rate, y_BTD.shape[1:])
+
+    return jnp.where(jax.vmap(mask)(key_B), y_BTD / (1 - rate), 0)
+
+
 class Block(nn.Module):
     """One layer: attention and feed-forward, each added to the residual stream."""
 
@@ -253,16 +270,16 @@ class Block(nn.Module):
         turns: Sequence[Turn],
         context: Context,
         window: Any = None,
+        key_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         c = self.config
-        # Residual dropout (section 4.3): on what each sublayer adds to the residual stream.
-        drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
 
         def norm(name: str, x_BTD: jax.Array) -> jax.Array:
             return Norm(c, "D", c.width, name=name)(x_BTD)
 
         def added(name: str, y_BTD: jax.Array) -> jax.Array:
-            return drop(norm(f"{name}_post_norm", y_BTD) if c.post_norms else y_BTD)
+            y_BTD = norm(f"{name}_post_norm", y_BTD) if c.post_norms else y_BTD
+            return drop(y_BTD, self.dropout, key_B, ("attention", "mlp").index(name))
 
         attended_BTD, cache = Attention(c, name="attention")(
             norm("attention_norm", x_BTD), position_BT, turns, context, cache, window
@@ -294,7 +311,7 @@ class Transformer(nn.Module):
 
     Attributes:
       config: its shape and family.
-      dropout: residual dropout rate; above 0, apply needs a "dropout" rng.
+      dropout: residual dropout rate; above 0, apply needs `key_B`.
     """
 
     config: ModelConfig
@@ -316,8 +333,8 @@ class Transformer(nn.Module):
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
                 length=c.layers,
                 unroll=c.layers if unrolled else 1,
                 metadata_params={nn.PARTITION_NAME: "L"},
@@ -333,11 +350,19 @@ class Transformer(nn.Module):
         self.value_bias = self.param("value_bias", _constant("", 0.0), ())
 
     def __call__(
-        self, tokens_BT: jax.Array, position_BT: jax.Array, context: Context, caches: Any = None
+        self,
+        tokens_BT: jax.Array,
+        position_BT: jax.Array,
+        context: Context,
+        caches: Any = None,
+        key_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Hidden states after the final norm, [B, T, D], and the layers' caches.
 
-        `caches` and what is returned for them: stacked over layers with `scan_layers`, else a list.
+        Args:
+          caches: what is returned for them is alike; stacked over layers with `scan_layers`, else a
+            list.
+          key_B: of every row's dropout.
         """
         c = self.config
         # Looked up in a table sharded over D, XLA would rematerialise the whole table per device.
@@ -347,17 +372,20 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             x_BTD += self.position_TD.astype(c.dtype)[position_BT]
         x_BTD = constrain(x_BTD, "BTD")
-        turns = self._turns(position_BT)
+        shared = position_BT, self._turns(position_BT), context
+        keys_LB = None
+        if key_B is not None:
+            of_row = jax.vmap(jax.random.fold_in, (0, None))
+            keys_LB = jax.vmap(of_row, (None, 0))(key_B, jnp.arange(c.layers))
         if c.scan_layers:
             windows_L = jnp.array(c.windows, jnp.int32) if c.windows else None
-            x_BTD, caches = self.layers(x_BTD, caches, position_BT, turns, context, windows_L)
+            x_BTD, caches = self.layers(x_BTD, caches, *shared, windows_L, keys_LB)
         else:
             out = []
             nothing = [None] * c.layers
-            for layer, cache, window in zip(
-                self.layers, caches or nothing, c.windows or nothing, strict=True
-            ):
-                x_BTD, cache = layer(x_BTD, cache, position_BT, turns, context, window)
+            given = (caches or nothing, c.windows or nothing, nothing if key_B is None else keys_LB)
+            for layer, cache, window, layer_key_B in zip(self.layers, *given, strict=True):
+                x_BTD, cache = layer(x_BTD, cache, *shared, window, layer_key_B)
                 out.append(cache)
             caches = out
         return self.final_norm(x_BTD), caches

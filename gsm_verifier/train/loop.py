@@ -76,16 +76,19 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimiser step on a Batch of [A, B, T] arrays: A accumulated microbatches.
 
-    The two losses are means over the whole step's weights, so that how a step is cut into
-    microbatches doesn't change its gradient.
+    The two losses are means over the whole step's weights, and what dropout drops of a row depends
+    on its number among the step's, so that how a step is cut into microbatches doesn't change its
+    gradient.
     """
 
     def step(state: TrainState, batch_ABT: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def micro(params: Params, batch: Batch, index: jax.Array) -> tuple[jax.Array, Any]:
-            rng = jax.random.fold_in(key, index) if model.dropout else None
-            sums = losses.loss_sums(model, params, batch, objective, rng)
+            B = batch.tokens_BT.shape[0]
+            row_B = index * B + jnp.arange(B)
+            key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B) if model.dropout else None
+            sums = losses.loss_sums(model, params, batch, objective, key_B)
             means = losses.mean_losses(sums, batch_ABT)
             return means["lm"] + means["value"], means
 

@@ -98,19 +98,19 @@ def cross_entropy_sum(
 
 
 def loss_sums(
-    model: Transformer, params: Params, batch: Batch, objective: Objective, key: Any = None
+    model: Transformer, params: Params, batch: Batch, objective: Objective, key_B: Any = None
 ) -> dict[str, jax.Array]:
     """Weighted sums over the batch: {"lm", "value"}; divide by the sums of the weights.
 
     Args:
-      key: of the residual dropout; needed when `model.dropout` is above 0.
+      key_B: of every row's residual dropout; needed when `model.dropout` is above 0.
     """
     hidden_BTD, _ = model.apply(
         params,
         batch.tokens_BT,
         batch.position_BT,
         Packed(batch.visible_BTS()),
-        rngs=None if key is None else {"dropout": key},
+        key_B=key_B,
     )
     raw_BT = model.apply(params, hidden_BTD, method="value")
     if objective.loss == "bce":
