@@ -2,11 +2,11 @@
 
     python -m benchmarks.scaling --devices 1 2 4 8 16 32 64 128 256
 
-Compiles a config's programs (a finetuning step, a chunk of sampling, a batch of values) for
-so many forced CPU devices, each with as much work as one alone has; nothing runs. A device's memory
-and FLOPs must stay what they are, and what it sends is the gradients' sum alone, whose ring of n
-devices sends 2 (n - 1) / n of the parameters. Every number of devices is compiled in a process of
-its own; one JSON line a number.
+Compiles a config's programs (a finetuning step, a prefill and a chunk of sampling, a batch of
+values) for so many forced CPU devices, each with as much work as one alone has; nothing runs. A
+device's memory and FLOPs must stay what they are, and what it sends is the gradients' sum alone,
+whose ring of n devices sends 2 (n - 1) / n of the parameters. Every number of devices is compiled
+in a process of its own; one JSON line a number.
 """
 
 import argparse
@@ -37,9 +37,11 @@ def compiled(path: str, count: int, fsdp: int) -> dict[str, Any]:
     config.sample.prompts *= count
     programs = plan.Programs(config, mesh)
     found = {}
+    prefill, sample = programs.sample()
     for name, program in (
         ("finetune", programs.train("finetune")),
-        ("sample", programs.sample()[1]),
+        ("prefill", prefill),
+        ("sample", sample),
         ("score", programs.score()),
     ):
         began = time.perf_counter()

@@ -237,11 +237,11 @@ class Programs:
         C = min(options.slots, options.completions)  # as `stages._engine` has it
         P = _rows(mesh, options.prompts * options.slots // C)
         S = math.ceil(LONGEST / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
-        B = engine.prefill_rows(P, mesh)
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
         prefill, advance = engine.programs(model, mesh, sampling)
         params = _parameters(mesh, model, cast=True)
         pages = sampling.pages(mesh, P * C)
+        B = pages.U  # as `engine._Run._admit` has it
         slots = decode.slot_shapes(model, mesh, P, C, S, pages)
         orders = jax.tree.map(
             lambda x: _array(mesh, "PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),

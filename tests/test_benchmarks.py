@@ -130,6 +130,8 @@ def test_scaling() -> None:
     for name, program in two.items():
         assert four[name]["gflop"] == program["gflop"]
         assert four[name]["memory_mib"] < 1.1 * program["memory_mib"]
+        if name != "finetune":
+            assert sum(four[name]["sent_mib"].values()) < 0.001  # a flag
     sent = [found["finetune"]["sent_mib"]["all-reduce"] for found in (two, four)]
     assert sent[1] / sent[0] == pytest.approx((2 * 3 / 4) / (2 * 1 / 2), rel=0.01)
 

@@ -744,7 +744,7 @@ def on_one_device(mesh, config, params, tokenizer, prompts, common) -> dict[floa
     }
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_mesh_samples_the_same(
     temperature: float,

@@ -159,7 +159,7 @@ def test_squashed_values_are_the_sigmoid_of_the_raw_ones(mesh: Mesh, items: Item
     check(scored(config, params, mesh, items, squash="sigmoid"), expected)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)], ids=str)
 def test_a_mesh_scores_the_same(sizes: tuple[int, int, int], make_mesh, items: Items) -> None:
     """Rows are rounded up to what the devices divide."""
     config = tiny()

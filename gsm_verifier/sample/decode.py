@@ -209,18 +209,33 @@ def prefill(
     length_B: jax.Array,
     row_B: jax.Array,
 ) -> Slots:
-    """Compute the prompts' keys and values and put them in rows `row_B` (row P: nowhere).
+    """Compute the prompts' keys and values and put them in rows of the slots.
 
     Args:
-      tokens_BT: prompts padded to the S of the caches.
+      tokens_BT: prompts padded to the S of the caches; as many for each device of rows.
       length_B: their lengths; the last token isn't computed here: every branch starts with it.
+      row_B: which of the rows of its device gets a prompt, from 0 on; none if there aren't so many.
+        Were it a row of any device, all would send all their keys and values to all.
     """
     B, T = tokens_BT.shape
+    U = slots.caches[0].own_k_UZKWH.shape[0]
     position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     _, kept = model.apply(params, tokens_BT, position_BT, Packed.causal(B, T, keep=True))
 
-    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
+    def apart(x: jax.Array) -> jax.Array:
+        return x.reshape(U, x.shape[0] // U, *x.shape[1:])
+
+    @jax.vmap
+    def write(rows: jax.Array, new: jax.Array, row_B: jax.Array) -> jax.Array:
         return rows.at[row_B].set(new.astype(rows.dtype), mode="drop")
+
+    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
+        letters = "KSH"[: rows.ndim - 1]
+        arrays = [apart(x) for x in (rows, new, row_B)]
+        written = sharding.local(
+            write, [f"UP{letters}", f"UB{letters}", "UB"], f"UP{letters}", *arrays
+        )
+        return written.reshape(rows.shape)
 
     return slots._replace(
         caches=[

@@ -7,6 +7,7 @@ has run out of problems goes on with idle slots until the last is done.
 """
 
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Iterable, Iterator
@@ -54,15 +55,6 @@ class _Row:
 def problem_key(problem: str) -> int:
     """The identity of a problem in the keys of its draws: stable on every machine."""
     return zlib.crc32(problem.encode())
-
-
-def prefill_rows(P: int, mesh: jax.sharding.Mesh) -> int:
-    """How many of P prompts share a prefill: one for each device that works on rows of its own.
-
-    With more, rows that are done would wait for each other: with 4 where this is 1, 9 of 100
-    slot-steps were lost so. One prompt's positions are rows enough for a product.
-    """
-    return min(P, sharding.row_devices(mesh))
 
 
 def mesh_of(config: ModelConfig, mesh: jax.sharding.Mesh, where: str) -> jax.sharding.Mesh:
@@ -117,7 +109,6 @@ class Engine:
         self._P, self._C = math.ceil(prompts / devices) * devices, slots
         self._share = sharding.share(mesh)
         self._here = self._share.rows(self._P)  # this process's own
-        self._prefill_rows = prefill_rows(self._P, mesh)
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         # Matrices are cast once here, not at every step.
         self._config, self._params = transformer.unstack(config, params, cast=True)
@@ -168,15 +159,14 @@ class _Run:
         self._started = np.zeros((P, C), np.int64)  # counts up
         self._starts = 0
         self._held: list[list[list[int]]] = [[[] for _ in range(C)] for _ in range(P)]  # pages
-        pools = len(engine._share.blocks)
-        self._pool = np.repeat(np.arange(pools), P // pools)  # of a row
-        self._free_pages = [list(range(self._pages.Z)) for _ in range(pools)]
+        self._pools = len(engine._share.blocks)  # one for each device of rows
+        self._pool = np.repeat(np.arange(self._pools), P // self._pools)  # of a row
+        self._free_pages = [list(range(self._pages.Z)) for _ in range(self._pools)]
         self._tokens = np.zeros((P, C, W), np.int32)
         self._forced = np.zeros((P, C, W), bool)
         self._logprob = np.zeros((P, C, W), np.float64)
         self._length = np.zeros((P, C), np.int64)
         self._slots = decode.empty_slots(engine._config, engine._mesh, engine._P, C, S, self._pages)
-        self._prefill_rows = len(engine._share.rows(engine._prefill_rows))
 
     def loop(self) -> Iterator[Completion]:
         orders = self._no_orders()
@@ -218,13 +208,14 @@ class _Run:
         return bool(self._queue) or waiting or bool((self._sample >= 0).any())
 
     def _prefills(self) -> int:
-        """Prefills this process wants now; while others run, only ones with all rows in use."""
+        """Prefills this process wants now; while others run, none for less than a batch's worth."""
         self._split()
-        batch = min(len(self._free()), len(self._queue))
+        free = np.bincount(self._pool[self._free()], minlength=self._pools)
+        batch = min(free.sum(), len(self._queue))
         some_run = (self._sample >= 0).any()
-        if batch < min(self._prefill_rows, len(self._queue)) and some_run:
+        if batch < min(self._pools, len(self._queue)) and some_run:
             return 0
-        return math.ceil(batch / self._prefill_rows)
+        return next(n for n in itertools.count() if np.minimum(free, n).sum() >= batch)
 
     def _split(self) -> None:
         """At the end of the queue let idle rows take half of what waits in others."""
@@ -237,15 +228,20 @@ class _Run:
             most.waiting = most.waiting[:-half]
 
     def _admit(self) -> None:
-        """Give rows that are done new prompts, as many as share a prefill."""
-        tokens = np.zeros((self._prefill_rows, self._S), np.int32)
-        length = np.ones(self._prefill_rows, np.int32)
-        where = np.full(self._prefill_rows, self._e._P, np.int32)
-        several = min(self._prefill_rows, len(self._queue))
-        for b, p in enumerate(self._free()[:several]):
-            self._rows[p] = row = self._queue.pop()
+        """Give a new prompt to a row of each device that has one which is done.
+
+        To one only, or rows would wait for each other: with 4 where this is 1, 9 of 100 slot-steps
+        were lost so. One prompt's positions are rows enough for a product.
+        """
+        tokens = np.zeros((self._pools, self._S), np.int32)
+        length = np.ones(self._pools, np.int32)
+        each = len(self._rows) // self._pools
+        where = np.full(self._pools, each, np.int32)
+        chosen = {self._pool[p]: p for p in self._free()[::-1]}  # the first of each
+        for b in sorted(chosen)[: len(self._queue)]:
+            self._rows[chosen[b]] = row = self._queue.pop()
             request = row.request
-            where[b] = self._e._here[p]
+            where[b] = chosen[b] % each
             tokens[b, : len(request.prompt)] = request.prompt
             length[b] = len(request.prompt)
         put = functools.partial(sharding.to_global, self._e._mesh)
