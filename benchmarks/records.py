@@ -128,7 +128,7 @@ def score(args: Namespace) -> None:
 
     rng = np.random.default_rng(0)
 
-    def scorer(items: Iterable[Any]) -> Iterator[list[Any]]:
+    def scorer(items: Iterable[Any], termination: Any) -> Iterator[list[Any]]:
         for _, found in items:
             yield [rng.random(len(ids), np.float32) for ids in found]
 

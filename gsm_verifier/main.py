@@ -40,7 +40,6 @@ def main(argv: list[str]) -> None:
     import jax
 
     from gsm_verifier import pipeline, plan, processes, sharding
-    from gsm_verifier.train.loop import Stopped
 
     try:
         sharding.configure(config.mesh.cpu_devices)
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
         if jax.process_count() > 1:
             error.add_note("Perhaps another process has died; start all again to go on")
         raise
-    except Stopped as stopped:
+    except processes.Stopped as stopped:
         print(f"gsm_verifier: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # as if it had killed the process, so that it is run again
     except KeyboardInterrupt:

@@ -68,25 +68,32 @@ def bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
     return made
 
 
+class Stopped(Exception):
+    """The run was asked to end, and has saved what it goes on from."""
+
+
 class Termination:
     """Within it, SIGTERM, or a Ctrl-C, doesn't end the process but is noted, for all to see.
 
     with Termination() as termination:
         ...
         if termination.asked():  # the same on all processes, which ask equally often
+
+    Attributes:
+      noted: has this process been asked to end?
     """
 
     def __init__(self) -> None:
-        self._noted = False
+        self.noted = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._noted and number == signal.SIGINT:
+        if self.noted and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C doesn't wait for the end of the step
-        self._noted = True
+        self.noted = True
 
     def asked(self) -> bool:
         """Has any process been asked to end?"""
-        return bool(largest(self._noted)[0])
+        return bool(largest(self.noted)[0])
 
     def __enter__(self) -> "Termination":
         self._before = [(n, signal.signal(n, self._note)) for n in (signal.SIGTERM, signal.SIGINT)]

@@ -68,12 +68,18 @@ class Scorer:
         self._values = program(config, mesh, squash)
 
     def __call__(
-        self, items: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]]
+        self,
+        items: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]],
+        termination: processes.Termination | None = None,
     ) -> Iterator[list[np.ndarray]]:
         """For each (question ids, completions' ids): each completion's values, float32 [tokens].
 
+        Args:
+          termination: looked at before every batch.
+
         Raises:
           ValueError: a question and completion longer than a row, naming the mend.
+          Stopped: a process was asked to end; all do, before the same batch.
         """
         trees, counts = [], []
         for question, completions in items:
@@ -87,6 +93,8 @@ class Scorer:
         with jax.set_mesh(self._mesh):
             (most,) = processes.largest(-(-len(packed) // self._rows))
             for index, fields in enumerate(packed.batches(self._rows, at_least=most)):
+                if termination and termination.asked():
+                    raise processes.Stopped("stopped; whole shards are kept; run again to go on")
                 values_BT = self._values(self._params, loop.device_batch(self._mesh, fields, 1))
                 values = sharding.to_host(values_BT)
                 for b in range(self._rows):

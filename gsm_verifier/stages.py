@@ -449,8 +449,9 @@ def _sample(run: Run, engine: Engine, folder: Path, problems: Sequence[Problem],
     prompts = {p.id: run.question(p) for p in problems}
     longest = max(map(len, prompts.values()), default=0)
     requests = [Request(problem, prompts[problem], range(n)) for problem in shard_of]
-    with processes.bar(f"sample {folder.name}", "completion", len(shard_of) * n) as bar:
-        for completion in engine.run(requests, longest):
+    bar = processes.bar(f"sample {folder.name}", "completion", len(shard_of) * n)
+    with bar, processes.Termination() as termination:
+        for completion in engine.run(requests, longest, termination):
             path = shard_of[completion.problem]
             found[path][completion.problem, completion.sample] = completion
             bar.set_postfix(useful_slot_steps=f"{engine.useful:.0%}", refresh=False)
@@ -651,14 +652,15 @@ def score(run: Run) -> None:
     _score(run, scorer)
 
 
-def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]]]) -> None:
+def _score(run: Run, scorer: Callable[..., Iterable[list[np.ndarray]]]) -> None:
     """Value the completions of the test problems, a shard at a time."""
     problems = {p.id: p for p in run.problems("test")}
     scores = run.folder / "scores/test"
     own = _own(run.share, records.shards(run.folder / "samples/test"))
     todo = [path for path in own if not (scores / path.name).exists()]
     (rounds,) = processes.largest(len(todo))  # a process without a shard left goes on with none
-    with processes.bar("score test", "shard", len(todo)) as bar:
+    bar = processes.bar("score test", "shard", len(todo))
+    with bar, processes.Termination() as termination:
         for path in [*todo, *[None] * (rounds - len(todo))]:
             columns = ["problem", "sample", "tokens"]
             shard = records.read_table(path, Completion, columns) if path else None
@@ -666,7 +668,7 @@ def _score(run: Run, scorer: Callable[[Iterable[Any]], Iterable[list[np.ndarray]
                 (run.question(problems[t["problem"][0].as_py()]), records.lists(t["tokens"]))
                 for t in (records.problem_tables(shard) if shard else ())
             ]
-            values = [value for found in scorer(items) for value in found]
+            values = [value for found in scorer(items, termination) for value in found]
             if path:
                 how = run.config.score.aggregate
                 scored = {

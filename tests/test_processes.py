@@ -269,7 +269,7 @@ def test_a_run_stopped_by_one_sigterm_goes_on_in_any_processes_and_mesh(
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_other_and_one_ends_the_run(
+def test_a_stopped_or_dead_process_ends_the_other_and_one_ends_the_run(
     alone: Path, tmp_path: Path, environment
 ) -> None:
     folder = tmp_path / "run"
@@ -278,6 +278,11 @@ def test_a_dead_process_ends_the_other_and_one_ends_the_run(
 
     def shards() -> int:
         return len(list(folder.glob("samples/train/*.parquet")))
+
+    run = main(folder, 2, environment, stages, moment=lambda: shards() > 0)
+    run.processes[0].terminate()
+    assert run.codes(60) == [128 + signal.SIGTERM] * 2, run.told()
+    assert all("whole shards are kept" in log.read_text() for log in run.logs)
 
     for victim in (1, 0):  # the second is the one at whose address they met
         before = shards()

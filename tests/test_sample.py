@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from scipy import stats
 
-from gsm_verifier import sharding
+from gsm_verifier import processes, sharding
 from gsm_verifier.model import cpu_attention, transformer
 from gsm_verifier.model.attention import NOWHERE, Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
@@ -742,6 +742,16 @@ def on_one_device(mesh, config, params, tokenizer, prompts, common) -> dict[floa
         temperature: on_mesh(temperature, mesh, config, params, tokenizer, prompts, common)
         for temperature in (0.0, 0.7)
     }
+
+
+def test_asked_to_end_it_stops_between_chunks(mesh, config, params, tokenizer, prompts) -> None:
+    engine = engine_of(config, params, mesh, tokenizer, prompts=1, slots=1)
+    termination = processes.Termination()
+    found = engine.run(requests_of(prompts, range(4)), termination=termination)
+    next(found)
+    termination.noted = True
+    with pytest.raises(processes.Stopped, match="run again to go on"):
+        list(found)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)], ids=str)

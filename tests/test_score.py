@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
+from gsm_verifier import processes
 from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
@@ -168,6 +169,16 @@ def test_a_mesh_scores_the_same(sizes: tuple[int, int, int], make_mesh, items: I
         scored(config, params, make_mesh(*sizes), items, rows=3),
         scored(config, params, make_mesh(), items, rows=3),
     )
+
+
+def test_asked_to_end_it_stops_before_a_batch(mesh: Mesh, items: Items) -> None:
+    config = tiny()
+    scorer = Scorer(config, random_params(config), mesh, squash="none", row_tokens=64, rows=1)
+    termination = processes.Termination()
+    found = scorer(items, termination)
+    termination.noted = True
+    with pytest.raises(processes.Stopped, match="run again to go on"):
+        list(found)
 
 
 def test_too_long_is_refused_naming_the_mend(mesh: Mesh) -> None:

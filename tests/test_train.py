@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from gsm_verifier import checkpoint, metrics
+from gsm_verifier import checkpoint, metrics, processes
 from gsm_verifier import config as config_module
 from gsm_verifier.data.packing import FIELDS, PackedRows, Tree
 from gsm_verifier.metrics import Metrics
@@ -657,7 +657,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 ) -> None:
     """From the checkpoint of step 6, the metrics after it being rewound, or of the last step."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(loop.Stopped if warned else KeyboardInterrupt, match=r"step 9|^$"):
+    with pytest.raises(processes.Stopped if warned else KeyboardInterrupt, match=r"step 9|^$"):
         fit(tmp_path, mesh, last=9, warned=warned, checkpoint_every=3)
     assert signal.getsignal(signal.SIGTERM) == before
     rows = metrics.read(tmp_path / "finetune.jsonl")

@@ -2,8 +2,9 @@
 
 Of many processes each has its own rows of prompts in flight, its own queue, and sees its own
 tokens only. Since parameters may be spread over all of them, they step together: before every chunk
-they agree, in two numbers, on how many prefills to run and whether any still has work. One that
-has run out of problems goes on with idle slots until the last is done.
+they agree, in three numbers, on how many prefills to run, whether any still has work, and whether
+any was asked to end. One that has run out of problems goes on with idle slots until the last is
+done.
 """
 
 import functools
@@ -123,15 +124,22 @@ class Engine:
     def useful(self) -> float:
         return self._used / max(self._steps * len(self._here) * self._C, 1)
 
-    def run(self, requests: Iterable[Request], longest: int = 0) -> Iterator[Completion]:
+    def run(
+        self,
+        requests: Iterable[Request],
+        longest: int = 0,
+        termination: processes.Termination | None = None,
+    ) -> Iterator[Completion]:
         """Completions in the order in which they finish; every process runs requests of its own.
 
         Args:
           longest: at least so long a prompt is allowed for. With the longest of all problems, what
             is sampled of a part of them is bit for bit the same.
+          termination: looked at before every chunk of steps.
 
         Raises:
           ValueError: a prompt that leaves no room for max_tokens in the model's max_length.
+          Stopped: a process was asked to end; all do, before the same chunk.
         """
         queue = sorted(requests, key=lambda r: -len(r.samples))
         (longest,) = processes.largest(max([longest, *(len(r.prompt) for r in queue)]))
@@ -143,7 +151,8 @@ class Engine:
                 f"the model's max_length={self._config.max_length}: lower max_tokens"
             )
         with jax.set_mesh(self._mesh):
-            yield from _Run(self, queue, math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET).loop()
+            run = _Run(self, queue, math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET)
+            yield from run.loop(termination or processes.Termination())
 
 
 class _Run:
@@ -168,12 +177,16 @@ class _Run:
         self._length = np.zeros((P, C), np.int64)
         self._slots = decode.empty_slots(engine._config, engine._mesh, engine._P, C, S, self._pages)
 
-    def loop(self) -> Iterator[Completion]:
+    def loop(self, termination: processes.Termination) -> Iterator[Completion]:
         orders = self._no_orders()
         while True:
-            prefills, unfinished = processes.largest(self._prefills(), self._unfinished())
+            prefills, unfinished, stop = processes.largest(
+                self._prefills(), self._unfinished(), termination.noted
+            )
             if not unfinished:
                 return
+            if stop:
+                raise processes.Stopped("stopped; whole shards are kept; run again to go on")
             for _ in range(prefills):
                 self._admit()
             self._start(orders)

@@ -21,10 +21,6 @@ from gsm_verifier.train.batch import Batch
 from gsm_verifier.train.losses import Objective
 
 
-class Stopped(Exception):
-    """Training was asked to end, and has saved a checkpoint to go on from."""
-
-
 class TrainState(NamedTuple):
     """Everything that changes in training, all on the mesh."""
 
@@ -268,7 +264,8 @@ def fit(
                 checkpoints.save(done, state)
             if stop:
                 bar.close()
-                raise Stopped(f"{name}: stopped and saved at step {done}; run again to go on")
+                told = f"{name}: stopped and saved at step {done}; run again to go on"
+                raise processes.Stopped(told)
         bar.close()
         checkpoints.close()
     return state.params
