@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gsm_verifier.model import cpu_attention
+from gsm_verifier.model import cpu_kernels
 
 COLLECTIVES = (
     "all-gather",
@@ -198,7 +198,7 @@ class _Module:
                 total.flops += times * _dot(x, types)
             elif kind == "convolution":
                 total.flops += times * _convolution(x, types)
-            elif kind == "custom-call" and cpu_attention.TARGET in x.attributes:
+            elif kind == "custom-call" and cpu_kernels.TARGET in x.attributes:
                 total.flops += times * _told(x)
             if not fused and x.opcode not in _FREE and not x.opcode.endswith("-done"):
                 total.hbm += times * self._moved(x, types)

@@ -13,7 +13,7 @@ from conftest import make_config
 from jax.sharding import Mesh
 
 from gsm_verifier.data import problems, synthetic
-from gsm_verifier.model import cpu_attention, hf, transformer
+from gsm_verifier.model import cpu_kernels, hf, transformer
 from gsm_verifier.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,9 +152,9 @@ def test_slots(folders: list[str]) -> None:
     assert tokens[0] == pytest.approx(tokens[1], rel=0.01)
 
 
-@pytest.mark.skipif(not cpu_attention.available(), reason="no compiler")
+@pytest.mark.skipif(not cpu_kernels.available(), reason="no compiler")
 def test_attention() -> None:
-    command = [sys.executable, "-m", "benchmarks.cpu_attention", "--rounds", "1", "--calls", "1"]
+    command = [sys.executable, "-m", "benchmarks.cpu_kernels", "--rounds", "1", "--calls", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found.pop("dtype") == "float32"

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from gsm_verifier import config as config_module
 from gsm_verifier import hlo, plan, sharding
-from gsm_verifier.model import cpu_attention, transformer
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.plan import Programs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -199,7 +199,7 @@ def attention(tokens: int) -> int:
 
 @pytest.mark.parametrize("word", ["auto", "jax"])
 def test_every_program_does_what_was_counted_by_hand(word: str, mesh: Mesh) -> None:
-    by_kernel = word == "auto" and cpu_attention.available()
+    by_kernel = word == "auto" and cpu_kernels.available()
     programs = Programs(tiny(**{"model.attention": word}), mesh)
     score = plan.compile_(programs.score())
     assert score.work.flops == pytest.approx(dense(B * T) + attention(B * T), rel=0.01)

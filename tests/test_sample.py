@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from scipy import stats
 
 from gsm_verifier import processes, sharding
-from gsm_verifier.model import cpu_attention, transformer
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import NOWHERE, Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -229,14 +229,14 @@ def test_greedy_is_the_argmax_of_full_forwards(
     assert len(found) == 2 * len(prompts)
 
 
-@pytest.mark.skipif(not cpu_attention.available(), reason="no compiler")
+@pytest.mark.skipif(not cpu_kernels.available(), reason="no compiler")
 def test_the_kernel_of_attention_writes_what_jax_writes(
     config, params, mesh, tokenizer, prompts, monkeypatch
 ) -> None:
     requests = requests_of(prompts, range(2))
     words = dict(prompts=3, slots=2, temperature=0.0)
     by_kernel = collect(engine_of(config, params, mesh, tokenizer, **words), requests)
-    monkeypatch.setattr(cpu_attention, "available", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
     in_jax = collect(engine_of(config, params, mesh, tokenizer, **words), requests)
     assert tokens_of(by_kernel) == tokens_of(in_jax)
     for key, completion in in_jax.items():
@@ -286,7 +286,7 @@ def test_a_completion_does_not_depend_on_slots_prompts_in_flight_chunks_or_pages
     monkeypatch,
 ) -> None:
     if changes.get("in_jax"):
-        monkeypatch.setattr(cpu_attention, "available", lambda: False)
+        monkeypatch.setattr(cpu_kernels, "available", lambda: False)
     words = {name: value for name, value in changes.items() if name != "in_jax"}
     other = engine_of(config, params, mesh, tokenizer, end=common, **words)
     found = collect(other, requests_of(prompts, range(10)))
@@ -427,12 +427,13 @@ def test_completions_follow_the_models_distribution(config, params, mesh, tokeni
     assert chi_square(count_after_V, expected_probabilities(logits, 0.7, 0, 1.0)) < 1e-3
 
 
+@pytest.mark.parametrize("attention", ["auto", "jax"])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(0.7, 0, 1.0), (0.7, 6, 1.0), (0.7, 0, 0.8), (1.0, 12, 0.9), (0.7, 12, 0.999), (100, 0, 1.0)],
 )
 def test_top_k_and_top_p_keep_the_allowed_tokens_and_their_odds(
-    temperature: float, top_k: int, top_p: float, config, params, prompts
+    temperature: float, top_k: int, top_p: float, attention: str, config, params, prompts
 ) -> None:
     """5,000 draws of other samples, for two problems at two positions each."""
     logits_V = naive_logits(config, params, prompts["p2"])[-1].astype(np.float32)
@@ -443,13 +444,13 @@ def test_top_k_and_top_p_keep_the_allowed_tokens_and_their_odds(
     assert allowed == (top_k if top_k and top_p == 1 else allowed)
     sample_PC = np.broadcast_to(np.arange(5_000), (2, 5_000))
     problem_PC = np.array([[7], [8]]) + 0 * sample_PC
-    logits_PCV = np.broadcast_to(logits_V, (2, 5_000, len(logits_V)))
-    drawn = np.array(
-        [
-            decode.draw(logits_PCV, sampling, problem_PC, sample_PC, np.full((2, 5_000), at))
-            for at in (0, 3)
-        ]
-    ).reshape(4, -1)
+    logits_PCV = jnp.broadcast_to(logits_V, (2, 5_000, len(logits_V)))
+
+    def tokens(at: int) -> Any:
+        who = problem_PC, sample_PC, np.full((2, 5_000), at)
+        return decode.draw(logits_PCV, sampling, *who, attention)[0]
+
+    drawn = np.array([tokens(0), tokens(3)]).reshape(4, -1)
     for row in drawn:
         count_V = np.bincount(row, minlength=config.vocab_size)
         assert chi_square(count_V, prob_V / prob_V.sum()) > 1e-3

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from gsm_verifier import sharding
-from gsm_verifier.model import cpu_attention
+from gsm_verifier.model import cpu_kernels
 from gsm_verifier.model.config import ModelConfig
-from gsm_verifier.model.cpu_attention import PAGES, SHARED
+from gsm_verifier.model.cpu_kernels import PAGES, SHARED
 
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
 LEAST_BLOCK = 32
@@ -128,7 +128,7 @@ def softmax(whole: Part) -> jax.Array:
 def by_kernel(attention: str, cap: float, mesh: jax.sharding.Mesh | None = None) -> bool:
     """Does the C++ kernel compute this, on a mesh or the enclosing one? It has no soft cap."""
     on_cpu = sharding.platform(mesh) == "cpu"
-    return attention == "auto" and on_cpu and not cap and cpu_attention.available()
+    return attention == "auto" and on_cpu and not cap and cpu_kernels.available()
 
 
 def by_rows(
@@ -192,7 +192,7 @@ class Packed:
         visible_BTS = look.near(self.visible_BTS)
         if by_kernel(look.attention, look.cap):
             scale = look.scale or q_BTKGH.shape[-1] ** -0.5
-            out = cpu_attention.whole_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)
+            out = cpu_kernels.whole_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)
         else:
             attention = functools.partial(by_rows, scale=look.scale, cap=look.cap)
             letters = ("BTKGH", "BTKH", "BTKH", "BTS")
@@ -288,7 +288,7 @@ class Branches:
         q, k, v = (x.astype(jnp.float32) for x in (q_BTKGH, k_BTKH, v_BTKH))
         q *= look.scale or q.shape[-1] ** -0.5
         slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
-        out, own_k, own_v = cpu_attention.decode_attention(q, k, v, *cache, *slots, window)
+        out, own_k, own_v = cpu_kernels.decode_attention(q, k, v, *cache, *slots, window)
         cache = cache._replace(own_k_UZKWH=own_k, own_v_UZKWH=own_v)
         return out.astype(q_BTKGH.dtype), cache
 
@@ -309,11 +309,11 @@ class Branches:
             slots = Branches(length, age, table)
             return slots._look_over_pages(q, k, v, BranchCache(*caches), seen)
 
-        new = (cpu_attention.Q, cpu_attention.KV, cpu_attention.KV)
+        new = (cpu_kernels.Q, cpu_kernels.KV, cpu_kernels.KV)
         slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
         letters = (*new, *CACHE, "B", "BT", "BTJ", *[""] * len(windows))
         arrays = (q_BTKGH, k_BTKH, v_BTKH, *cache, *slots, *windows)
-        out = (cpu_attention.Q, BranchCache(*CACHE))
+        out = (cpu_kernels.Q, BranchCache(*CACHE))
         return sharding.local(step, letters, out, *arrays)
 
     def _look_over_pages(

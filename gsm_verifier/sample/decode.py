@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_verifier import sharding
-from gsm_verifier.model import transformer
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import (
     CACHE,
     HIDDEN,
@@ -28,6 +28,7 @@ from gsm_verifier.model.attention import (
     BranchCache,
     Branches,
     Packed,
+    by_kernel,
     kept,
     page_at,
 )
@@ -323,13 +324,19 @@ def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def draw(
-    logits_PCV: jax.Array, sampling: Sampling, problem: jax.Array, sample: jax.Array, at: jax.Array
-) -> jax.Array:
-    """The next token of every slot, [P, C]. No logit is above 0."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_PCV, -1)
-    logits_PCV = restrict(logits_PCV / sampling.temperature, sampling.top_k, sampling.top_p)
-    key = jax.random.key(sampling.seed)
+    logits_PCV: jax.Array,
+    sampling: Sampling,
+    problem: jax.Array,
+    sample: jax.Array,
+    at: jax.Array,
+    attention: str = "jax",
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of every slot, and the log of its logits' sum of exponentials, each [P, C].
+
+    Args:
+      attention: the config's word, `model.attention`, which says whether C++ may do it.
+    """
+    T, key = sampling.temperature, jax.random.key(sampling.seed)
 
     def uniform(problem: jax.Array, sample: jax.Array, at: jax.Array) -> jax.Array:
         token_key = jax.random.fold_in(key, problem)
@@ -337,7 +344,16 @@ def draw(
         return jax.random.uniform(token_key)
 
     uniform_PC = jax.vmap(jax.vmap(uniform))(problem, sample, at)
-    return inverse_cdf(jnp.exp(logits_PCV), uniform_PC)
+    of_all = not sampling.top_k and sampling.top_p == 1
+    if of_all and sharding.parts("V") == 1 and by_kernel(attention, cap=0):
+        return cpu_kernels.draw(logits_PCV, uniform_PC, T)
+    top_PC = logits_PCV.max(-1)
+    logits_PCV -= top_PC[..., None]
+    log_total_PC = top_PC + jnp.log(jnp.exp(logits_PCV).sum(-1))
+    if T == 0:
+        return jnp.argmax(logits_PCV, -1), log_total_PC
+    weight_PCV = jnp.exp(restrict(logits_PCV / T, sampling.top_k, sampling.top_p))
+    return inverse_cdf(weight_PCV, uniform_PC), log_total_PC
 
 
 def active_slots(slots: Slots) -> jax.Array:
@@ -362,15 +378,15 @@ def one_step(
         slots.caches,
     )
     logits_PCV = model.apply(params, hidden, method="logits")
-    logits_PCV -= logits_PCV.max(-1, keepdims=True)
-    drawn = draw(logits_PCV, sampling, slots.problem_PC, slots.sample_PC, slots.age_PC)
+    who = slots.problem_PC, slots.sample_PC, slots.age_PC
+    drawn, log_total = draw(logits_PCV, sampling, *who, model.config.attention)
     forced = slots.queued_PC > 0
     head = jnp.clip(FORCED - slots.queued_PC, 0, FORCED - 1)
     queued = jnp.take_along_axis(slots.queue_PCQ, head[..., None], -1)[..., 0]
     token = jnp.where(forced, queued, drawn)
     # Of the model itself: at temperature 1, over the whole vocabulary.
     picked = jnp.take_along_axis(logits_PCV, token[..., None], -1)[..., 0]
-    logprob = picked - jnp.log(jnp.exp(logits_PCV).sum(-1))
+    logprob = picked - log_total
     age = slots.age_PC + active
     annotation = grammar_VX[token, slots.annotation_PC]
     annotation = jnp.where(forced, tk.TEXT, annotation)

@@ -1,6 +1,6 @@
 """Attention on CPU: the C++ kernel beside the one in JAX, for one layer.
 
-    python -m benchmarks.cpu_attention
+    python -m benchmarks.cpu_kernels
 
 Prints one JSON line: of a step of the sampler, and of whole rows without and with their gradient,
 the median milliseconds a call of each way, by the clock and of the processors. The caches of
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsm_verifier.model import cpu_attention
+from gsm_verifier.model import cpu_kernels
 from gsm_verifier.model.attention import BranchCache, Branches, Look, by_rows
 
 K, G, H = 3, 3, 64
@@ -74,7 +74,7 @@ def rows(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
         return functools.partial(jax.jit(both if gradient else out), q, k, v)
 
     def kernel(*arrays: jax.Array, scale: float) -> jax.Array:
-        return cpu_attention.whole_attention(*arrays, scale)
+        return cpu_kernels.whole_attention(*arrays, scale)
 
     return {"kernel": calls(kernel), "jax": calls(by_rows)}
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=40, help="of each, a round")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
-    if not cpu_attention.available():
+    if not cpu_kernels.available():
         raise SystemExit("the kernel can't be compiled: install a C++ compiler or set CXX to one")
     rng = np.random.default_rng(0)
 

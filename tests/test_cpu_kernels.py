@@ -1,4 +1,4 @@
-"""The C++ kernel against the attention in JAX, which takes its place where there is no compiler."""
+"""What is in C++ against what JAX makes of it, which takes its place where there is no compiler."""
 
 import itertools
 import shutil
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from gsm_verifier import sharding
-from gsm_verifier.model import cpu_attention
+from gsm_verifier.model import cpu_kernels
 from gsm_verifier.model.attention import (
     CACHE,
+    HIDDEN,
     NOWHERE,
     BranchCache,
     Branches,
@@ -21,6 +22,7 @@ from gsm_verifier.model.attention import (
     Packed,
     by_rows,
 )
+from gsm_verifier.sample import decode
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the kernel is compiled by c++"
@@ -65,7 +67,7 @@ def both(
     arrays: list[jax.Array], dtype: str = "float32", **look: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(by the kernel, in JAX), of caches in `dtype`; what they keep must be the same."""
-    assert cpu_attention.available()
+    assert cpu_kernels.available()
 
     @jax.jit
     def outs(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
@@ -178,8 +180,8 @@ def results_and_gradients(attention: Any, arrays: list[Any], dtype: str) -> list
 
 
 def whole(*arrays: Any, scale: float) -> jax.Array:
-    assert cpu_attention.available()
-    return cpu_attention.whole_attention(*arrays, scale)
+    assert cpu_kernels.available()
+    return cpu_kernels.whole_attention(*arrays, scale)
 
 
 @needs_compiler
@@ -243,10 +245,95 @@ def test_rows_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
             jax.device_put(x, sharding.named(mesh, names))
             for x, names in zip((q, k, v), letters, strict=True)
         ]
-        assert cpu_attention.TARGET in gradient.lower(*placed).as_text()
+        assert cpu_kernels.TARGET in gradient.lower(*placed).as_text()
         found = gradient(*placed)
     for a, b in zip(found, alone, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# Draws
+
+
+def some_logits(P: int, C: int, V: int, spread: float) -> np.ndarray:
+    """Half of them hidden, some slots' best far above the rest."""
+    rng = np.random.default_rng(0)
+    logits = np.where(rng.random((P, C, V)) < 0.5, HIDDEN, rng.normal(5, spread, (P, C, V)))
+    logits[..., 3] = 5
+    logits[0, :, V // 2] = 300
+    return logits.astype(np.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 0.7, 1.0, 5.0])
+@pytest.mark.parametrize("V", [128, 1920])
+def test_a_draw_errs_by_rounding_only(V: int, temperature: float) -> None:
+    """By numpy in float64; at the ends of the interval of uniform numbers too."""
+    assert cpu_kernels.available()
+    P, C = 3, 1000
+    logits = some_logits(P, C, V, 4.0)
+    uniform = np.random.default_rng(1).random((P, C), np.float32)
+    uniform[:, :100], uniform[:, 100:200] = 0, np.nextafter(np.float32(1), np.float32(0))
+    token, log_total = map(
+        np.asarray, jax.jit(cpu_kernels.draw, static_argnums=2)(logits, uniform, temperature)
+    )
+    exact = logits.astype(np.float64)
+    np.testing.assert_allclose(log_total, np.log(np.exp(exact).sum(-1)), rtol=1e-6)
+    if not temperature:
+        np.testing.assert_array_equal(token, logits.argmax(-1))
+        return
+    weight = np.exp((exact - exact.max(-1, keepdims=True)) / temperature)
+    total = weight.cumsum(-1)
+    drawn, high = (np.take_along_axis(x, token[..., None], -1)[..., 0] for x in (weight, total))
+    target, slack = uniform * total[..., -1], 1e-5 * total[..., -1]
+    assert (drawn > 0).all()
+    assert ((high - drawn <= target + slack) & (target <= high + slack)).all()
+    assert len(np.unique(token)) > V // 4
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("words", "by_kernel"),
+    [
+        (dict(), True),
+        (dict(temperature=0.0), True),
+        (dict(top_k=5), False),
+        (dict(top_p=0.9), False),
+        (dict(tensor=2), False),
+        (dict(data=2), True),
+    ],
+    ids=str,
+)
+def test_where_the_kernel_draws_it_draws_what_jax_draws(
+    words: dict[str, Any], by_kernel: bool, make_mesh
+) -> None:
+    sizes = {axis: words.pop(axis, 1) for axis in ("data", "tensor")}
+    plain = dict(temperature=0.7, top_k=0, top_p=1.0, max_tokens=9, end=0, seed=0)
+    sampling = decode.Sampling(**plain | words, chunk=1, patience=1)
+    P, C = 4, 50
+    problem, sample = np.indices((P, C), np.uint32)
+
+    def drawn(attention: str) -> Any:
+        def draw(logits: Any, *who: Any) -> Any:
+            return decode.draw(logits, sampling, *who, attention=attention)
+
+        jitted = jax.jit(draw)
+        arguments = jnp.asarray(some_logits(P, C, 256, 1.0)), problem, sample, sample
+        uses = cpu_kernels.TARGET in jitted.lower(*arguments).as_text()
+        return uses, [np.asarray(x) for x in jitted(*arguments)]
+
+    with jax.set_mesh(make_mesh(**sizes)):
+        (ours, found), (theirs, expected) = drawn("auto"), drawn("jax")
+    assert (ours, theirs) == (by_kernel, False)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+
+
+@needs_compiler
+def test_what_are_no_numbers_draws_something() -> None:
+    logits = np.full((1, 4, 128), np.nan, np.float32)
+    for temperature in (0.0, 0.7):
+        token, _ = cpu_kernels.draw(logits, np.full((1, 4), 0.5, np.float32), temperature)
+        assert ((token >= 0) & (token < 128)).all()
 
 
 def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
@@ -258,7 +345,7 @@ def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
         slots = Branches(length_B, age_BT, table_BTJ)
         return slots(q, k, v, BranchCache(*own), Look(**look))[0]
 
-    return cpu_attention.TARGET in str(jax.make_jaxpr(step)())
+    return cpu_kernels.TARGET in str(jax.make_jaxpr(step)())
 
 
 @needs_compiler
@@ -272,9 +359,9 @@ def test_it_is_used_where_it_applies() -> None:
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    cpu_attention.available.cache_clear()
+    cpu_kernels.available.cache_clear()
     yield
-    cpu_attention.available.cache_clear()
+    cpu_kernels.available.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
@@ -282,7 +369,7 @@ def asked_anew() -> Iterator[None]:
 def test_without_a_compiler_there_is_jax(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(UserWarning, match=f"in JAX.* can't be compiled .*{compiler}"):
-        assert not cpu_attention.available()
+        assert not cpu_kernels.available()
     assert not calls_the_kernel()
 
 
@@ -295,7 +382,7 @@ def test_a_compilers_error_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.warns(UserWarning, match=r"loaded: ffi\.h:1: error: no C\+\+17"):
-        assert not cpu_attention.available()
+        assert not cpu_kernels.available()
 
 
 @needs_compiler

@@ -1,8 +1,10 @@
-// Attention on CPU that computes what is visible only: XLA:CPU multiplies with everything and masks.
+// What XLA:CPU makes slow programs of. Attention that computes what is visible only, where XLA
+// multiplies with everything and masks; and draws, for which XLA runs over all logits five times.
 //
 // `Decode` is one step of the sampler: each slot's key and value are put into its own branch's page,
 // in place, and its query looks over its prompt, read once for all of its slots, and its branch.
-// `Whole` is rows of sequences that see themselves through a mask, forwards and backwards.
+// `Whole` is rows of sequences that see themselves through a mask, forwards and backwards. `Draw`
+// draws a token of each slot's logits.
 //
 // The letters are those of gsm_verifier/sharding.py. Vectors are the compilers' (GCC and Clang), so
 // that a tile of the product stays in registers; -ffast-math isn't needed, and would change the
@@ -476,6 +478,59 @@ struct Whole {
   }
 };
 
+constexpr Size kBlock = 64;  // of the vocabulary
+
+// R slots' tokens, each by one uniform number, and the logarithm of the sum of the exponentials of a
+// slot's logits. Blocks first and then a block's members: as `inverse_cdf` in decode.py, which says
+// why.
+struct Draw {
+  Size R, V;
+  float coldness;  // 1 / temperature; 0 takes the likeliest
+  const float *logits_RV, *uniform_R;
+  int32_t* token_R;
+  float* log_total_R;
+
+  // What a weight of full precision can't be is none: it must never be drawn.
+  static Vector Weight(Vector x) { return x < -87.0f ? Vector{} : Exp(x); }
+
+  // Of weights, the last one that begins at or before a target; what of the target is left.
+  static std::pair<Size, float> Pick(const float* weights, Size count, float target) {
+    Size found = 0;
+    float before = 0, begins = 0;
+    for (Size i = 0; i < count && before <= target; before += weights[i++])
+      if (weights[i] > 0) found = i, begins = before;
+    return {found, target - begins};
+  }
+
+  void operator()(Size r, Size) const {
+    const float* const logits = logits_RV + r * V;
+    const float top = Top(logits, V, -INFINITY);
+    std::vector<float> mass(V / kBlock);
+    Vector total{};
+    float drawn = 0;
+    for (Size j = 0; j < V / kBlock; ++j) {
+      Vector sum{};
+      for (Size v = j * kBlock; v < (j + 1) * kBlock; v += kLanes) {
+        const Vector x = Load<Vector>(logits + v) - top;
+        total += Weight(x);
+        sum += Weight(coldness * x);
+      }
+      drawn += mass[j] = Sum(sum);
+    }
+    log_total_R[r] = top + std::log(Sum(total));
+    if (coldness == 0) {
+      const Size likeliest = std::find(logits, logits + V, top) - logits;
+      token_R[r] = likeliest < V ? likeliest : 0;  // or none is: they are no numbers
+      return;
+    }
+    const auto [block, rest] = Pick(mass.data(), mass.size(), uniform_R[r] * drawn);
+    float weights[kBlock];
+    for (Size v = 0; v < kBlock; v += kLanes)
+      Store(weights + v, Weight(coldness * (Load<Vector>(logits + block * kBlock + v) - top)));
+    token_R[r] = block * kBlock + Pick(weights, kBlock, rest).first;
+  }
+};
+
 // work(b, k) of all. Whoever is free takes the next. The caller works too and waits for what is begun
 // only, not for helpers to come: it may itself occupy the thread they would need.
 template <typename Work>
@@ -610,7 +665,28 @@ auto BackwardsBinding() {
       .template Attr<int64_t>("flops");
 }
 
+ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
+                   ffi::Result<Int32s<2>> token, ffi::Result<Floats<2>> log_total, float coldness,
+                   int64_t) {
+  const auto d = logits.dimensions();
+  if (d[2] % kBlock) return ffi::Error::Internal("the vocabulary must be whole blocks");
+  const Draw draw{d[0] * d[1],          d[2], coldness, logits.typed_data(), uniform.typed_data(),
+                  token->typed_data(), log_total->typed_data()};
+  Share(pool, draw.R, 1, draw);
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_float32, RunDraw,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats<3>>()   // logits_PCV
+                                  .Arg<Floats<2>>()   // uniform_PC
+                                  .Ret<Int32s<2>>()   // token_PC
+                                  .Ret<Floats<2>>()   // log_total_PC
+                                  .Attr<float>("coldness")
+                                  .Attr<int64_t>("flops"));
 
 #define HANDLERS(NAME, TYPE)                                                                       \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(decode_##NAME, RunDecode<TYPE>, DecodeBinding<TYPE>());            \

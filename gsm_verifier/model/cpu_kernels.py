@@ -1,9 +1,9 @@
-"""Attention on CPU in C++ (cpu_attention.cc), where a C++ compiler is at hand.
+"""Attention and draws on CPU in C++ (cpu_kernels.cc), where a C++ compiler is at hand.
 
 It is compiled at first use, in 15 seconds, into the user's cache folder. At installation,
 pip's isolated build would have to download a second jaxlib for its headers, and who installs may
 have another processor than who runs. Without a compiler, or if anything goes wrong with it, there
-is the attention in JAX, whose numbers are the same but for rounding.
+is what JAX makes of them, whose numbers are the same but for rounding.
 
 Why the sampler's is fast, by SmolLM2-135M with 400 slots of 128 tokens on two cores with AVX-512,
 where JAX's way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all that is
@@ -39,9 +39,9 @@ import numpy as np
 from gsm_verifier import sharding
 
 SOURCE = Path(__file__).with_suffix(".cc")
-TARGET = "gsm_verifier_attention"
+TARGET = "gsm_verifier_cpu"
 DTYPES = ("float32", "bfloat16")
-WORKS = ("decode", "forwards", "backwards")
+WORKS = ("decode", "forwards", "backwards")  # of attention
 OPTIONS = ("-std=c++17", "-O3", "-march=native")
 
 
@@ -81,15 +81,15 @@ def available() -> bool:
     """
     try:
         compiled = ctypes.CDLL(str(library()))
-        names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES]
+        names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES] + ["draw_float32"]
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         lines = told.splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])  # not where it stands
         warnings.warn(
-            "attention on CPU is computed in JAX, several times slower than in C++, which can't be "
-            f"compiled (by c++, or what CXX names) or loaded: {reason}",
+            "attention and draws on CPU are computed in JAX, several times slower than in C++, "
+            f"which can't be compiled (by c++, or what CXX names) or loaded: {reason}",
             stacklevel=1,
         )
         return False
@@ -114,7 +114,7 @@ def _call(
     aliases: dict[int, int] | None = None,
     **words: Any,
 ) -> tuple[jax.Array, ...]:
-    """One of `WORKS` on each device's part of the arrays, whose dimensions are `letters`.
+    """A work in C++ on each device's part of the arrays, whose dimensions are `letters`.
 
     Args:
       out: dimensions of the results. results: arrays like them, of the parts.
@@ -229,3 +229,23 @@ def _backwards(scale: float, kept: tuple[jax.Array, ...], d_out: jax.Array) -> t
 
 
 whole_attention.defvjp(_forwards, _backwards)
+
+
+def draw(logits_PCV: jax.Array, uniform_PC: jax.Array, temperature: float) -> Any:
+    """(tokens drawn, [P, C]; logarithm of the sum of the exponentials of the logits, [P, C]).
+
+    Args:
+      logits_PCV: float32, of whole blocks of 64; each device must have its slots' whole vocabulary.
+      uniform_PC: from 0 to 1, float32. temperature: 0 takes the likeliest.
+    """
+    return _call(
+        "draw",
+        ("PCV", "PC"),
+        ("PC", "PC"),
+        lambda _, uniform: (jax.ShapeDtypeStruct(uniform.shape, jnp.int32), uniform),
+        lambda logits, _: 4 * logits.size,
+        logits_PCV,
+        uniform_PC,
+        dtype=jnp.dtype(jnp.float32),
+        coldness=np.float32(1 / temperature if temperature else 0),
+    )
