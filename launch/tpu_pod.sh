@@ -10,7 +10,7 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION...] [-- FLAG...
   install   copy this checkout's last commit to all workers and install it; mount the work directory
   run       start `python -m gsm_verifier.main --distributed FLAG...` on all workers
   logs      follow the log of worker 0
-  stop      end what `run` started
+  stop      end what `run` started, and wait until it has saved a checkpoint
   delete    delete the slice, with its disks
   up        create, stop, install, run; again after a preemption, until the run is finished
 
@@ -22,6 +22,7 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION...] [-- FLAG...
   --repo=URL                 workers clone this instead of being sent a copy
   --poll=SECONDS             between two looks of `up` (default 60)
   --tries=N                  failed runs of `up` on a healthy slice before it gives up (default 3)
+  --grace=SECONDS            that `stop` waits before it kills (default 300)
   --dry-run                  print every gcloud command instead of running it
 
 FLAG... are those of gsm_verifier.main: --config and --workdir at least. The work directory must be
@@ -42,7 +43,7 @@ case $verb in
 esac
 
 name='' zone='' project='' nfs='' repo='' spot='' dry_run=''
-type=v5litepod-16 version=v2-alpha-tpuv5-lite poll=60 tries=3
+type=v5litepod-16 version=v2-alpha-tpuv5-lite poll=60 tries=3 grace=300
 while (($#)); do
     case $1 in
         --name=*) name=${1#*=} ;;
@@ -54,6 +55,7 @@ while (($#)); do
         --repo=*) repo=${1#*=} ;;
         --poll=*) poll=${1#*=} ;;
         --tries=*) tries=${1#*=} ;;
+        --grace=*) grace=${1#*=} ;;
         --spot) spot=1 ;;
         --dry-run) dry_run=1 ;;
         --) shift && break ;;
@@ -165,14 +167,39 @@ $what
 $SETUP"
 }
 
+# `tell SIGNAL` is false once nothing is left of the run. That is asked of its group, as the signal
+# ends the shell that leads it long before the run has saved; or of the process itself, where it has
+# no group of its own yet.
+# shellcheck disable=SC2016
+TELL='pid=$(cat ~/run.pid 2> /dev/null)
+tell() {
+    test -n "$pid" && { kill -s "$1" -- "-$pid" || kill -s "$1" "$pid"; } 2> /dev/null
+}'
+
+# A run that hasn't ended holds the chips, and may be writing its checkpoint.
+# shellcheck disable=SC2016
+STOP='tell TERM
+waited=0
+while tell 0; do
+    if test "$waited" -ge "$GRACE"; then
+        echo "tpu_pod.sh: going on after $GRACE s: killed" >&2
+        tell KILL
+        break
+    fi
+    sleep 1
+    waited=$((waited + 1))
+done
+rm -f ~/run.pid'
+
 run() {
     local inner
     inner="$(printf '%q ' ../venv/bin/python -m gsm_verifier.main --distributed "${flags[@]}")"
     # The exit code is left in a file for `up`; a process group of its own lets `stop` end it all.
     inner="$inner; echo \$? > ~/run.exit"
-    remote all "set -eu
+    remote all "$TELL
+set -eu
 cd gsm_verifier
-if test -f ~/run.pid && kill -0 \"\$(cat ~/run.pid)\" 2> /dev/null; then
+if tell 0; then
     echo 'a run is going on: stop it first' >&2
     exit 1
 fi
@@ -185,12 +212,8 @@ logs() {
     remote 0 'tail -n 100 -F run.log'
 }
 
-# The process itself, where it has no group of its own yet.
-# shellcheck disable=SC2016
 stop() {
-    remote all 'test ! -f run.pid || { pid=$(cat run.pid)
-kill -- "-$pid" 2> /dev/null || kill "$pid" 2> /dev/null || true
-rm run.pid; }'
+    remote all "$(printf 'GRACE=%q\n%s\n%s' "$grace" "$TELL" "$STOP")"
 }
 
 # Returns 0 when the run has finished, 1 when it failed, 3 when the slice is gone.

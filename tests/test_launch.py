@@ -10,10 +10,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,16 +75,26 @@ if sys.argv[1] == "venv":
     python.chmod(0o755)
 """
 RUN = """
-import pathlib, time
+import pathlib, signal, time
 fake = pathlib.Path(os.environ["FAKE"])
 before = sum('"gsm_verifier.main"' in line for line in (fake / "calls").read_text().splitlines())
 outcomes = os.environ.get("OUTCOMES", "0").split()
 outcome = outcomes[min(before, len(outcomes)) - 1]
+
+def save(number, frame):
+    time.sleep(1.5)
+    print("saved", flush=True)
+    sys.exit(143)
+
+if outcome == "saves":
+    signal.signal(signal.SIGTERM, save)
+if outcome == "stays":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("run", before, outcome, flush=True)
 if outcome == "preempted":
     (fake / "state").write_text("PREEMPTED")
     sys.exit(1)
-if outcome == "hangs":
+if outcome in ("hangs", "saves", "stays"):
     time.sleep(600)
 sys.exit(int(outcome))
 """
@@ -138,7 +150,7 @@ os.execvp("bash", ["bash", *sys.argv[script:]])
     home = tmp_path / "home"
     yield SimpleNamespace(call=call, calls=calls, folder=tmp_path, home=home)
     if (home / "run.pid").exists():
-        call("bash", "-c", f"kill -- -$(cat {shlex.quote(str(home / 'run.pid'))})")
+        call("bash", "-c", f"kill -KILL -- -$(cat {shlex.quote(str(home / 'run.pid'))})")
 
 
 def pod(world: SimpleNamespace, verb: str, *words: str, **changes: str) -> SimpleNamespace:
@@ -209,6 +221,51 @@ def test_run_refuses_a_second_run_until_it_is_stopped(world) -> None:
     assert pod(world, "stop").code == 0
     third = pod(world, "run", "--", *MAIN_FLAGS)
     assert third.code == 0, third.err
+
+
+def begin(world: SimpleNamespace, outcome: str) -> int:
+    """The process group of a run that goes on until it is stopped."""
+    assert pod(world, "create").code == 0
+    assert pod(world, "install").code == 0
+    assert pod(world, "run", "--", *MAIN_FLAGS, OUTCOMES=outcome).code == 0
+    wait_until(lambda: f"run 1 {outcome}\n" in (world.home / "run.log").read_text())
+    return int((world.home / "run.pid").read_text())
+
+
+def wait_until(moment: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not moment():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def gone(send: Callable[[int, int], None], number: int) -> bool:
+    try:
+        send(number, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_stop_waits_until_the_run_has_saved(world) -> None:
+    group = begin(world, "saves")
+    assert pod(world, "stop", "--dry-run").code == 0
+    assert not gone(os.killpg, group)
+    assert pod(world, "stop").code == 0
+    assert (world.home / "run.log").read_text() == "run 1 saves\nsaved\n"
+
+
+def test_a_run_that_does_not_end_is_killed(world) -> None:
+    group = begin(world, "stays")
+    os.killpg(group, signal.SIGTERM)  # as a `stop` that is broken off
+    wait_until(lambda: gone(os.kill, group))
+    again = pod(world, "run", "--", *MAIN_FLAGS)
+    assert again.code == 1
+    assert "stop it first" in again.err
+    done = pod(world, "stop", "--grace=1")
+    assert done.code == 0
+    assert "going on after 1 s: killed" in done.err
+    wait_until(lambda: gone(os.killpg, group))
 
 
 @pytest.mark.parametrize(
