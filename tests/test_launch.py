@@ -28,20 +28,63 @@ LAUNCH = REPOSITORY / "launch"
 MAIN_FLAGS = ["--config=configs/gsm8k.py:tiny", "--workdir=/mnt/runs/a b"]
 SLICE = ["--name=gsm", "--zone=z"]
 
-RECORD = """#!{python}
-import json, os, sys
+# Options of what is called or quoted here, by the programs' manuals; "=" is before a value. What
+# else is to be used has to be looked up there first.
+WIDE = "--zone= --project= --quiet --format="  # cloud.google.com/sdk/gcloud/reference
+ACCEPTED = {
+    # cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm
+    "gcloud compute tpus tpu-vm create": f"--accelerator-type= --version= --spot {WIDE}",
+    "gcloud compute tpus tpu-vm describe": WIDE,
+    "gcloud compute tpus tpu-vm delete": WIDE,
+    "gcloud compute tpus tpu-vm scp": f"--worker= {WIDE}",
+    "gcloud compute tpus tpu-vm ssh": f"--worker= --command= {WIDE}",
+    # kubernetes.io/docs/reference/kubectl/generated
+    "kubectl apply": "-f=",
+    "kubectl logs": "--follow --selector= --prefix",
+    "kubectl delete": "",
+    # docs.skypilot.co/en/stable/reference/cli.html
+    "sky launch": "--cluster= --env=",
+    "sky jobs launch": "--name= --env=",
+    "sky logs": "",
+    "sky down": "",
+    # slurm.schedmd.com/sbatch.html, slurm.schedmd.com/srun.html, github.com/NVIDIA/pyxis
+    "sbatch": "--job-name= --nodes= --gpus-per-node= --ntasks-per-node= --cpus-per-task= --time= "
+    "--output= --open-mode= --requeue",
+    "srun": "--kill-on-bad-exit= --container-image= --container-mounts= --container-workdir=",
+    # apptainer.org/docs/user/latest/cli/apptainer_exec.html
+    "apptainer exec": "--nv --bind= --pwd=",
+}
+
+# Every stand-in begins so. Those of above refuse what the real ones would.
+BEGIN = f"""#!{sys.executable}
+import argparse, json, os, subprocess, sys
+words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 with open(os.environ["FAKE"] + "/calls", "a") as file:
-    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+    file.write(json.dumps(words) + "\\n")
+ACCEPTED = {ACCEPTED!r}
+
+def parse(words):
+    name = next(name for name in ACCEPTED if words[: len(name.split())] == name.split())
+    parser = argparse.ArgumentParser(name, allow_abbrev=False, add_help=False)
+    for option in ACCEPTED[name].split():
+        kind = "append" if option.endswith("=") else "store_true"
+        parser.add_argument(option.rstrip("="), action=kind)
+    rest = words[len(name.split()) :]
+    if words[0] in ("sbatch", "srun", "apptainer"):  # what follows is another's
+        parser.add_argument("words", nargs=argparse.REMAINDER)
+        return parser.parse_args(rest)
+    parser.add_argument("words", nargs="*")
+    return parser.parse_intermixed_args(rest)
+
+if any(name.split()[0] == words[0] for name in ACCEPTED):
+    given = parse(words)
 """
 # The slice's state is a file; a worker is a folder.
 GCLOUD = """
-import pathlib, shutil, subprocess
+import pathlib, shutil
 fake = pathlib.Path(os.environ["FAKE"])
 state, home = fake / "state", fake / "home"
-assert sys.argv[1:4] == ["compute", "tpus", "tpu-vm"], sys.argv
-verb = sys.argv[4]
-names = [word for word in sys.argv[5:] if not word.startswith("--")]
-flags = dict(word.split("=", 1) for word in sys.argv[5:] if "=" in word and word[:2] == "--")
+verb = words[4]
 if verb == "describe":
     if (fake / "offline").exists():
         sys.exit("ERROR: (gcloud) the network is unreachable")
@@ -56,14 +99,41 @@ elif verb == "delete":
     state.unlink()
     shutil.rmtree(home)
 elif verb == "scp":
-    shutil.copy(names[0], home / names[1].split(":")[1])
-elif verb == "ssh":
-    done = subprocess.run(
-        ["bash", "-c", flags["--command"]], cwd=home, env=os.environ | {"HOME": str(home)}
-    )
-    sys.exit(done.returncode)
+    source, target = given.words
+    shutil.copy(source, home / target.split(":")[1])
 else:
-    sys.exit(f"no verb {verb}")
+    (command,) = given.command
+    done = subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {"HOME": str(home)})
+    sys.exit(done.returncode)
+"""
+SKY = """
+import yaml
+if "launch" in words:
+    (script,) = given.words
+    with open(script) as file:
+        envs = yaml.safe_load(file)["envs"]
+    envs |= dict(entry.split("=", 1) for entry in given.env or [])
+    missing = [name for name, value in envs.items() if value is None]
+    sys.exit(f"no value of {missing}" if missing else 0)
+"""
+# A job runs at once, on one machine.
+SBATCH = """
+import re
+script, *flags = given.words
+with open(script) as file:
+    directives = re.findall("^#SBATCH (.*)$", file.read(), re.MULTILINE)
+job = parse([words[0], *directives, *words[1:]])
+os.environ["SLURM_JOB_ID"] = str(os.getpid())
+os.environ["SLURM_NTASKS"] = str(int(job.nodes[-1]) * int(job.ntasks_per_node[-1]))
+os.environ["SLURM_SUBMIT_DIR"] = os.getcwd()
+os.execvp("bash", ["bash", script, *flags])
+"""
+SRUN = """
+tasks = []
+for i in range(int(os.environ["SLURM_NTASKS"])):
+    told = {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_NODELIST": "localhost"}
+    tasks.append(subprocess.Popen(given.words, env=os.environ | told))
+sys.exit(any([task.wait() for task in tasks]))
 """
 # Of the worker: makes an environment whose Python plays the run.
 UV = """
@@ -104,37 +174,38 @@ sys.exit(int(outcome))
 def world(tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A machine with stand-ins on PATH, and what they were called with."""
     programs = tmp_path / "bin"
-    record = RECORD.format(python=sys.executable)
 
     def program(path: Path, body: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(record + body)
+        path.write_text(BEGIN + body)
         path.chmod(0o755)
 
-    program(programs / "gcloud", GCLOUD)
-    for name in ("sudo", "python3", "srun", "sky", "apptainer"):
+    for name in ("sudo", "python", "python3", "kubectl", "apptainer"):
         program(programs / name)
-    program(
-        programs / "sbatch",
-        """
-script = next(i for i, word in enumerate(sys.argv) if word.endswith(".sh"))
-os.environ |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": os.getcwd()}
-os.execvp("bash", ["bash", *sys.argv[script:]])
-""",
-    )
+    for name, body in (("gcloud", GCLOUD), ("sky", SKY), ("sbatch", SBATCH), ("srun", SRUN)):
+        program(programs / name, body)
+    program(tmp_path / "module")  # a shell function of clusters, no program on PATH
+    (tmp_path / "functions").write_text(f'module() {{ {tmp_path}/module "$@"; }}')
+    checkout = tmp_path / "checkout"  # without a virtual environment that may be in this one
+    checkout.mkdir()
+    for name in ("launch", "configs", "gsm_verifier"):
+        (checkout / name).symlink_to(REPOSITORY / name)
     program(tmp_path / "image" / ".local" / "bin" / "uv", UV)
     program(tmp_path / "run.py", RUN)
-    environment = os.environ | {
+    mine = ("MODULES", "VENV", "CONTAINER", "SLURM_JOB_ID")
+    environment = {
+        k: v for k, v in os.environ.items() if k not in mine and "proxy" not in k.lower()
+    }
+    environment |= {
         "FAKE": str(tmp_path),
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "BASH_ENV": str(tmp_path / "functions"),
     }
-    for name in ("MODULES", "VENV", "CONTAINER", "SLURM_JOB_ID"):
-        environment.pop(name, None)
 
     def call(*command: str, **changes: str) -> SimpleNamespace:
         done = subprocess.run(
             command,
-            cwd=REPOSITORY,
+            cwd=checkout,
             env=environment | changes,
             capture_output=True,
             text=True,
@@ -148,7 +219,7 @@ os.execvp("bash", ["bash", *sys.argv[script:]])
         return [words[1:] for words in map(json.loads, lines) if words[0] == name]
 
     home = tmp_path / "home"
-    yield SimpleNamespace(call=call, calls=calls, folder=tmp_path, home=home)
+    yield SimpleNamespace(call=call, calls=calls, program=program, folder=tmp_path, home=home)
     if (home / "run.pid").exists():
         call("bash", "-c", f"kill -KILL -- -$(cat {shlex.quote(str(home / 'run.pid'))})")
 
@@ -367,8 +438,9 @@ def test_help_names_every_command_and_option(world) -> None:
 def test_slurm_starts_one_process_per_gpu(world) -> None:
     done = world.call("sbatch", "launch/slurm.sh", *MAIN_FLAGS, VENV="nowhere")
     assert done.code == 0, done.err
-    main = ["python", "-m", "gsm_verifier.main", "--distributed", *MAIN_FLAGS]
-    assert world.calls("srun") == [["--kill-on-bad-exit=1", *main]]
+    main = ["-m", "gsm_verifier.main", "--distributed", *MAIN_FLAGS]
+    assert world.calls("srun") == [["--kill-on-bad-exit=1", "python", *main]]
+    assert world.calls("python") == [main] * 2 * 8
     options = dict(
         re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", (LAUNCH / "slurm.sh").read_text(), re.M)
     )
@@ -379,8 +451,7 @@ def test_slurm_starts_one_process_per_gpu(world) -> None:
 
 def test_slurm_in_containers_and_environments(world) -> None:
     python = world.folder / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.symlink_to(sys.executable)
+    world.program(python)
     for changes in (
         {"VENV": str(world.folder / "venv")},
         {"CONTAINER": "image.sif"},
@@ -390,6 +461,7 @@ def test_slurm_in_containers_and_environments(world) -> None:
     plain, apptainer, pyxis = world.calls("srun")
     assert plain[1] == str(python)
     assert apptainer[1:4] == ["apptainer", "exec", "--nv"]
+    assert world.calls("apptainer") == [apptainer[2:]] * 16
     assert "image.sif" in apptainer
     assert "--container-image=image.sqsh" in pyxis
     assert all(words[-len(MAIN_FLAGS) :] == MAIN_FLAGS for words in (plain, apptainer, pyxis))
@@ -554,25 +626,25 @@ def test_every_quoted_command_parses(world, command: str) -> None:
         if "--" in rest:
             check_main_flags(rest[rest.index("--") + 1 :])
     elif program == "sbatch":
-        at = rest.index("launch/slurm.sh")
         known = (LAUNCH / "slurm.sh").read_text()
-        assert all(f"#SBATCH {word.split('=')[0]}" in known for word in rest[:at])
         assert all(f"  {name}=" in known for name in variables)
-        check_main_flags(rest[at + 1 :])
-        variables.pop("MODULES", None)  # `module` is a function of clusters
-        assert world.call(program, *rest, **variables).code == 0
-        assert world.calls("srun")
+        done = world.call(program, *rest, **variables)
+        assert done.code == 0, done.err
+        (step,) = world.calls("srun")
+        check_main_flags(step[step.index("--distributed") + 1 :])
+        loaded = [["load", *variables["MODULES"].split()]] if "MODULES" in variables else []
+        assert world.calls("module") == loaded
     elif program == "sky":
+        done = world.call(program, *rest)
+        assert done.code == 0, done.err
         (task,) = documents("sky.yaml")
-        assert rest[0] in {"launch", "logs", "down"} or rest[:2] == ["jobs", "launch"]
-        if "launch" in rest:
-            assert "launch/sky.yaml" in rest
-            given = [after for word, after in itertools.pairwise(rest) if word == "--env"]
-            assert {entry.split("=")[0] for entry in given} <= set(task["envs"])
+        given = [after for word, after in itertools.pairwise(rest) if word == "--env"]
+        assert {entry.split("=")[0] for entry in given} <= set(task["envs"])
     else:
         assert program == "kubectl"
         name = documents("gke.yaml")[1]["metadata"]["name"]
-        assert rest[0] in {"apply", "logs", "delete"}
+        done = world.call(program, *rest)
+        assert done.code == 0, done.err
         assert rest == ["apply", "-f", "launch/gke.yaml"] or any(name in word for word in rest)
 
 
