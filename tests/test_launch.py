@@ -651,7 +651,6 @@ def test_every_quoted_command_parses(world, command: str) -> None:
 # The flags of gsm_verifier.main
 
 MEET = """
-import sys
 from absl import app, flags
 from gsm_verifier import main, pipeline
 
@@ -665,24 +664,40 @@ app.run(main.main)
 """
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    config = ["--config=configs/quickstart.py:tiny", "--config.mesh.cpu_devices=2"]
+TWO_DEVICES = ["--config=configs/quickstart.py:tiny", "--config.mesh.cpu_devices=2"]
+# What GKE tells both pods of a slice; here, also what its chips and its metadata server would say.
+GKE = {
+    "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+    "JAX_FORCE_TPU_INIT": "1",
+    "JAX_PLATFORMS": "cpu",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+    "MEGASCALE_NUM_SLICES": "1",
+    "MEGASCALE_SLICE_ID": "0",
+}
+
+
+def start(folder: Path, *flags: str, **changes: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MEET, *config, f"--workdir={folder}", *flags],
+        [sys.executable, "-c", MEET, *TWO_DEVICES, f"--workdir={folder}", *flags],
         cwd=REPOSITORY,
-        env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
+        env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | changes,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_two_processes_meet_and_see_each_others_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["flags", pytest.param("gke", marks=pytest.mark.slow)])
+def test_two_processes_meet_and_see_each_others_devices(told: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meet = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
-    both = [start(tmp_path, *meet, f"--process={i}") for i in (0, 1)]
+    if told == "flags":
+        meet = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+        both = [start(tmp_path, *meet, f"--process={i}") for i in (0, 1)]
+    else:
+        ids = [{"JAX_COORDINATOR_PORT": f"{port}", "TPU_WORKER_ID": f"{i}"} for i in (0, 1)]
+        both = [start(tmp_path, "--distributed", **GKE, **worker) for worker in ids]
     try:
         for index, process in enumerate(both):
             out, err = process.communicate(timeout=200)
@@ -691,6 +706,21 @@ def test_two_processes_meet_and_see_each_others_devices(tmp_path: Path) -> None:
     finally:
         for process in both:
             process.kill()
+
+
+@pytest.mark.slow
+def test_two_tasks_of_slurm_meet(world) -> None:
+    python = world.folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # Instead of `-m gsm_verifier.main`.
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c {shlex.quote(MEET)} "$@"\n')
+    python.chmod(0o755)
+    tasks = ["sbatch", "--nodes=1", "--ntasks-per-node=2", "launch/slurm.sh"]
+    flags = [*TWO_DEVICES, f"--workdir={world.folder}"]
+    venv = str(python.parents[1])
+    done = world.call(*tasks, *flags, VENV=venv, JAX_PLATFORMS="cpu")
+    assert done.code == 0, done.err
+    assert sorted(done.out.splitlines()) == ["0 2 4 2", "1 2 4 2"]
 
 
 @pytest.mark.parametrize(
