@@ -519,17 +519,20 @@ def test_skypilots_nodes_meet_at_the_first(world, nodes: str, rank: str, wanted:
     python = world.folder / "nodes_home" / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     shutil.copy(world.folder / "run.py", python)
-    environment = {key: str(value) for key, value in task["envs"].items()}
-    environment |= {"FLAGS": "--stages=prepare --config.seed=1", "HOME": str(python.parents[2])}
+    # Who launches says where: no bucket is everyone's, and a mounted one isn't proven.
+    assert [key for key, value in task["envs"].items() if value is None] == ["RUNS"]
+    assert "file_mounts" not in task
+    environment = task["envs"] | {"RUNS": "gs://my-bucket", "HOME": str(python.parents[2])}
+    environment |= {"FLAGS": "--stages=prepare --config.seed=1"}
     environment |= {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NODE_RANK": rank}
     done = world.call(
         "bash", "-c", task["run"], SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", **environment
     )
     assert done.code == 0, done.err
     (flags,) = runs(world)
-    run = ["--config=configs/gsm8k.py:tiny", "--workdir=/mnt/runs/gsm8k-tiny"]
+    run = ["--config=configs/gsm8k.py:tiny", "--workdir=gs://my-bucket/gsm8k-tiny"]
     assert flags == [*wanted, *run, "--stages=prepare", "--config.seed=1"]
-    assert task["envs"]["RUNS"] in task["file_mounts"]
+    assert '--editable ".[${extra}gs]"' in task["setup"]
     assert set(re.findall(r"\$([A-Z]+)\b", task["run"])) <= set(task["envs"])
 
 
