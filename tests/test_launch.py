@@ -3,11 +3,13 @@
 The stand-in of gcloud runs what is sent to the workers in a folder that plays their home.
 """
 
+import ast
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -22,6 +24,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from gsm_verifier import plan
+from gsm_verifier.config import default, leaves, validate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = REPOSITORY / "launch"
@@ -503,8 +508,9 @@ def test_the_gke_manifest_starts_a_process_on_every_host_of_the_slice() -> None:
     (script,) = container["args"]
     assert f'--workdir="{mount["mountPath"]}/$RUN"' in script
     assert "--distributed" in script
-    given = {entry["name"] for entry in container["env"]}
-    assert set(re.findall(r"\$(\w+)", script)) <= given
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert set(re.findall(r"\$(\w+)", script)) <= given.keys()
+    check_main_flags([f"--config={given['CONFIG']}"])
 
 
 @pytest.mark.parametrize(
@@ -585,21 +591,29 @@ def commands() -> list[str]:
 COMMANDS = commands()
 
 
-def check_main_flags(flags: list[str]) -> None:
-    """Flags of gsm_verifier.main: they exist, and the config file and its keys do."""
-    text = (REPOSITORY / "gsm_verifier" / "main.py").read_text()
-    known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text))
-    assert {"config", "workdir", "distributed", "coordinator", "processes", "process"} <= known
-    from gsm_verifier.config import default, leaves
+def inline() -> list[str]:
+    """What launch/README.md quotes within its lines."""
+    prose = re.sub(r"```.*?```", "", (LAUNCH / "README.md").read_text(), flags=re.DOTALL)
+    return list(dict.fromkeys(re.findall(r"`([^`]+)`", prose)))
 
-    for flag in flags:
-        name = flag.removeprefix("--").split("=")[0]
-        if name.startswith("config."):
-            assert name.removeprefix("config.") in leaves(default()), flag
-            continue
-        assert name in known, flag
-        if name == "config":
-            assert (REPOSITORY / flag.split("=")[1].split(":")[0]).is_file(), flag
+
+def check_main_flags(flags: list[str]) -> None:
+    """Flags of gsm_verifier.main: they exist, and what they name does; together they are valid."""
+    main = (REPOSITORY / "gsm_verifier" / "main.py").read_text()
+    known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', main))
+    assert {"config", "workdir", "distributed", "coordinator", "processes", "process"} <= known
+    given = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
+    changes = {k.removeprefix("config."): v for k, v in given.items() if k.startswith("config.")}
+    assert {name for name in given if not name.startswith("config.")} <= known
+    path, _, preset = given.get("config", "configs/quickstart.py").partition(":")
+    config = runpy.run_path(str(REPOSITORY / path))["get_config"](*[preset] if preset else [])
+    for key, value in changes.items():
+        text = isinstance(leaves(config)[key], str)
+        config.update_from_flattened_dict({key: value if text else ast.literal_eval(value)})
+    validate(config)
+    if given.get("topology"):
+        kind, _, shape = given["topology"].partition(":")
+        assert shape in ["", *plan.CHIPS[kind].slices.split()]
 
 
 def test_the_readme_speaks_of_every_file_and_every_kind_of_command() -> None:
@@ -608,6 +622,21 @@ def test_the_readme_speaks_of_every_file_and_every_kind_of_command() -> None:
         assert path.name == "README.md" or f"`{path.name}`" in readme
     first = {next(word for word in shlex.split(c) if "=" not in word) for c in COMMANDS}
     assert first == {"launch/tpu_pod.sh", "kubectl", "sky", "sbatch", "python"}
+
+
+def test_what_is_quoted_within_lines_exists() -> None:
+    extras = re.findall(r'^        "(\w+)": ', (REPOSITORY / "setup.py").read_text(), re.MULTILINE)
+    keys = leaves(default())
+    for words in map(shlex.split, inline()):
+        if words[0].startswith("--"):
+            check_main_flags(words)
+        elif words[0] == "pip":
+            assert words[:3] == ["pip", "install", "-e"]
+            assert set(words[3].strip(".[]").split(",")) <= set(extras)
+        elif found := re.match(r"(config\.)?((\w+)\.\w+)\b", words[0]):
+            prefix, key, section = found.groups()
+            is_key = prefix or any(known.startswith(f"{section}.") for known in keys)
+            assert not is_key or key in keys
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -641,8 +670,9 @@ def test_every_quoted_command_parses(world, command: str) -> None:
         done = world.call(program, *rest)
         assert done.code == 0, done.err
         (task,) = documents("sky.yaml")
-        given = [after for word, after in itertools.pairwise(rest) if word == "--env"]
-        assert {entry.split("=")[0] for entry in given} <= set(task["envs"])
+        given = dict(b.split("=", 1) for a, b in itertools.pairwise(rest) if a == "--env")
+        assert given.keys() <= task["envs"].keys()
+        check_main_flags([f"--config={(task['envs'] | given)['CONFIG']}"])
     else:
         assert program == "kubectl"
         name = documents("gke.yaml")[1]["metadata"]["name"]
