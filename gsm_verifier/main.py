@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and jax tell of every file and backend
     try:
         validate(config := _CONFIG.value)
-        folder = storage.path(_WORKDIR.value or "")
+        storage.reach(folder := storage.path(_WORKDIR.value or ""))
     except (ValueError, OSError) as error:  # before the seconds it takes to import what follows
         sys.exit(f"gsm_verifier: {error}")
     import jax
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     try:
         sharding.configure(config.mesh.cpu_devices)
         told = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        if _DISTRIBUTED.value and told != (None, None, None):
+            raise ValueError("--distributed, where the platform tells, or --coordinator: not both")
         if _DISTRIBUTED.value or told != (None, None, None):
             processes.meet(*told)
         if _PLAN.value:

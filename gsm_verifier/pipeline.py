@@ -34,8 +34,12 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
 
     Raises:
       ValueError: an unknown stage or a nonsensical config; a config that differs from the one that
-        made what is in the folder; a stage before the named ones that hasn't run.
+        made what is in the folder; a stage before the named ones that hasn't run; processes that
+        were told different things.
     """
+    told = {f"--config.{key}": value for key, value in leaves(config).items()}
+    told |= {"--stages": names, "commit": provenance.commit(), **provenance.versions()}
+    processes.agree(told, folder)
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise ValueError(f"no stage {unknown[0]!r}: use {', '.join(STAGES)}")

@@ -5,14 +5,24 @@ alone should do (prepare data, write markers and results), the first does, and t
 Everything here is a plain local matter where there is one process.
 """
 
+import json
+import re
+import secrets
 import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from gsm_verifier import storage
+
+COME_WITHIN = 300  # seconds, in which all processes must have started
 DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
 
 
@@ -29,10 +39,17 @@ def meet(coordinator: str | None, count: int | None, index: int | None) -> None:
     told = (coordinator, count, index)
     if told.count(None) in (1, 2):
         raise ValueError("--coordinator, --processes and --process go together")
+    if coordinator and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator={coordinator}: give host:port of process 0")
+    at = f"process 0 at {coordinator}" if index else "the other processes"
+    print(f"waiting up to {COME_WITHIN} s for {at}", file=sys.stderr, flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `Termination`'s
     try:
         jax.distributed.initialize(
-            *told, heartbeat_timeout_seconds=DEAD_AFTER, shutdown_timeout_seconds=DEAD_AFTER
+            *told,
+            initialization_timeout=COME_WITHIN,
+            heartbeat_timeout_seconds=DEAD_AFTER,
+            shutdown_timeout_seconds=DEAD_AFTER,
         )
     except ValueError as error:
         raise ValueError(f"{error} Give --coordinator, --processes, --process") from error
@@ -54,6 +71,47 @@ def largest(*numbers: int) -> list[int]:
     if jax.process_count() == 1:
         return list(numbers)
     return multihost_utils.process_allgather(np.asarray(numbers, np.int32)).max(0).tolist()
+
+
+def agree(told: Mapping[str, Any], folder: Path) -> None:
+    """Refuse processes that were told different things, or for which a folder isn't the same.
+
+    They would compute something else together, and say nothing, or wait for each other forever.
+    Before anything else they do together.
+
+    Raises:
+      ValueError: on all of them, naming what differs and where.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return
+    if jax.device_count() != count * jax.local_device_count():
+        raise ValueError("processes with different numbers of devices: give all the same")
+    mine = json.dumps(told, sort_keys=True, default=str).encode()
+    (size,) = largest(len(mine))
+    padded = np.frombuffer(mine.ljust(size), np.uint8)
+    everyones = [json.loads(x.tobytes()) for x in multihost_utils.process_allgather(padded)]
+    for index, others in enumerate(everyones):
+        for key in sorted({*everyones[0], *others}):
+            ours, theirs = (x.get(key) for x in (everyones[0], others))
+            if ours != theirs:
+                raise ValueError(
+                    f"process {index} was started with {key}={theirs}, process 0 with {ours}: "
+                    "start all of them with the same"
+                )
+    (number,) = largest(secrets.randbits(31) if first() else 0)
+    sign = folder / f".together-{number}"
+    if first():
+        storage.write_atomically(sign, b"")
+    wait_for_all("a sign is in the folder")
+    seen = multihost_utils.process_allgather(np.asarray(sign.exists()))
+    if first():
+        sign.unlink()
+    if not seen.all():
+        raise ValueError(
+            f"process {int(np.argmin(seen))} doesn't see what process 0 writes in {folder}: "
+            "--workdir must be one folder of all, on a shared file system or in a bucket"
+        )
 
 
 def bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:

@@ -72,7 +72,8 @@ def make_mesh(
     if math.prod(sizes) != count or min(sizes) < 1:
         raise ValueError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} doesn't cover {count} devices: "
-            "make the product of the sizes equal to it, or set one of them to -1"
+            "make the product of the sizes equal to it, or set one of them to -1; into how many a "
+            "CPU is split is --config.mesh.cpu_devices"
         )
     # Explicit axes, the default, are not understood by linen.
     kinds = (AxisType.Auto,) * len(AXES)

@@ -7,7 +7,9 @@ its files are put whole, in place of the one before, and never appended to.
 """
 
 import importlib.util
+import logging
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def path(name: str | os.PathLike[str]) -> Path:
       ValueError: another kind of address; or what reads buckets isn't installed.
     """
     name = os.fspath(name)
-    if "://" not in name:
+    if not re.match(r"\w{2,}:/", name):  # gs:/ too, but not C:/
         return Path(name)
     bucket, _, rest = name.removeprefix(BUCKETS).partition("/")
     if not name.startswith(BUCKETS) or not bucket or not rest or set(name) & set(_PATTERNS):
@@ -37,7 +39,26 @@ def path(name: str | os.PathLike[str]) -> Path:
 
     # A list of a folder's files, once got, would be kept and hide what other processes write.
     fsspec.config.conf["gcs"] = {"use_listings_cache": False} | fsspec.config.conf.get("gcs", {})
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a trace of every try, beside the error
     return epath.Path(name)
+
+
+def reach(path: Path) -> None:
+    """Ask for what a run will need, before the work.
+
+    Raises:
+      ValueError: a bucket that doesn't answer.
+    """
+    if not in_bucket(path):
+        return
+    try:
+        path.exists()
+    except Exception as error:  # of the libraries below, each its own
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{path} can't be reached ({told}): check the bucket's name, the network, and "
+            "`gcloud auth application-default login`"
+        ) from error
 
 
 def in_bucket(path: Path) -> bool:

@@ -73,8 +73,14 @@ class Together:
         return any("Gloo context initialization failed" in log.read_text() for log in self.logs)
 
 
-def start(command: list[str], count: int, folder: Path, environment: dict[str, str]) -> Together:
-    """Start `count` processes of a command, which meet if there are several."""
+def start(
+    command: list[str], count: int, folder: Path, environment: dict[str, str], *last: str
+) -> Together:
+    """Start `count` processes of a command, which meet if there are several.
+
+    Args:
+      last: flags of the last process alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,7 +91,7 @@ def start(command: list[str], count: int, folder: Path, environment: dict[str, s
         with open(log, "wb") as out:
             run.processes.append(
                 subprocess.Popen(
-                    [*command, *(meet if count > 1 else [])],
+                    [*command, *(meet if count > 1 else []), *(last if index == count - 1 else [])],
                     env=environment,
                     cwd=REPOSITORY,
                     stdout=out,
@@ -102,13 +108,14 @@ def main(
     *flags: str,
     mesh: tuple[int, int, int] = DATA,
     moment: Callable[[], bool] | None = None,
+    last: tuple[str, ...] = (),
 ) -> Together:
     """A run that has ended, or come to a moment; one whose processes missed each other goes on."""
     command = [sys.executable, "-m", "gsm_verifier.main", "--config=configs/quickstart.py:tiny"]
     command += [f"--config.mesh.cpu_devices={DEVICES // count}", f"--workdir={folder}", *SIZES]
     command += [f"--config.mesh.{a}={n}" for a, n in zip(sharding.AXES, mesh, strict=True)]
     for _ in range(3):
-        run = start([*command, *flags], count, folder.parent / "logs", environment)
+        run = start([*command, *flags], count, folder.parent / "logs", environment, *last)
         run.wait(moment)
         if not run.missed():
             break
@@ -298,6 +305,31 @@ def test_a_stopped_or_dead_process_ends_the_other_and_one_ends_the_run(
     assert run.codes() == [0], run.told()
     for split in ("train", "heldout"):
         assert_same_completions(folder, alone, split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (
+            ("--config.sample.temperature=0.5",),
+            "process 1 was started with --config.sample.temperature=0.5, process 0 with 0.7",
+        ),
+        (("--config.mesh.fsdp=2",), "process 1 was started with --config.mesh.fsdp=2"),
+        (("--workdir={}",), "process 1 doesn't see what process 0 writes in"),
+    ],
+    ids=["key", "mesh", "folder"],
+)
+def test_processes_that_were_told_different_things_are_refused(
+    last: tuple[str, ...], message: str, tmp_path: Path, environment
+) -> None:
+    folder = tmp_path / "run"
+    last = tuple(word.format(tmp_path / "other") for word in last)
+    run = main(folder, 2, environment, "--stages=prepare", last=last)
+    assert run.codes() == [1, 1], run.told()
+    assert all(f"gsm_verifier: {message}" in log.read_text() for log in run.logs), run.told()
+    assert not (folder / "prepare.started").exists()
+    assert not list(folder.glob(".together*"))
 
 
 TOGETHER = """

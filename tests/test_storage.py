@@ -26,7 +26,9 @@ def test_what_is_no_bucket_is_a_folder_of_this_machine(tmp_path: Path) -> None:
         assert not storage.in_bucket(storage.path(name))
 
 
-@pytest.mark.parametrize("name", ["s3://b/run", "gs://", "gs://b", "gs:///run", "gs://b/run[1]"])
+@pytest.mark.parametrize(
+    "name", ["s3://b/run", "gs:/b/run", "gs://", "gs://b", "gs:///run", "gs://b/run[1]"]
+)
 def test_other_addresses_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(ValueError, match="give a folder, or gs://<bucket>/<name>") as error:
         storage.path(name)
@@ -38,6 +40,24 @@ def test_without_gcsfs_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"gs://b/run: .*pip install -e '\.\[gs\]'"):
         storage.path("gs://b/run")
+
+
+def test_a_bucket_that_does_not_answer_is_told_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.reach(folder)
+    storage.reach(Path("nothing/of/it"))
+    import gcsfs.core
+
+    async def refuse(*args: object, **words: object) -> None:
+        raise OSError("no such host\nand more")
+
+    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_call", refuse)
+    with pytest.raises(ValueError, match=r"gs://bucket/run can't be reached") as error:
+        storage.reach(folder)
+    assert "no such host" in str(error.value)
+    assert "login" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_all_below_a_folder_is_seen(tmp_path: Path) -> None:
