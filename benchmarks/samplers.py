@@ -136,6 +136,8 @@ def llama_cpp(args: Namespace) -> Callable[[], dict[str, Any]]:
     import llama_cpp as cpp
 
     ids, end = prompts(args)
+    quiet = cpp.llama_log_callback(lambda level, text, data: None)
+    cpp.llama_log_set(quiet, None)
     cpp.llama_backend_init()
     model = cpp.llama_model_load_from_file(args.gguf.encode(), cpp.llama_model_default_params())
     if not model:
@@ -182,7 +184,11 @@ def llama_cpp(args: Namespace) -> Callable[[], dict[str, Any]]:
                 break
         return found
 
-    return lambda: {"completions": [complete(prompt) for prompt in ids]}
+    def sample() -> dict[str, Any]:
+        assert quiet  # which llama.cpp calls: it must live as long as this
+        return {"completions": [complete(prompt) for prompt in ids]}
+
+    return sample
 
 
 PEERS = {
