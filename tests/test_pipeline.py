@@ -746,6 +746,39 @@ def losses(folder: Path) -> dict[str, list[Any]]:
     }
 
 
+COUNTED = """
+import jax, sys
+from absl import app
+from gsm_verifier import main
+
+compiled = []
+jax.monitoring.register_event_listener(lambda event, **_: compiled.append(event))
+try:
+    app.run(main.main)
+finally:
+    for name in ("compile_requests_use_cache", "cache_hits"):
+        print(name, compiled.count(f"/jax/compilation_cache/{name}"))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    counts = []
+    for folder in ("first", "second"):
+        words = command(tmp_path / folder, "--stages=prepare,pretrain")
+        words[1:3] = ["-c", COUNTED]
+        done = subprocess.run(
+            words, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT
+        )
+        assert done.returncode == 0, done.stderr
+        counts.append([int(line.split()[1]) for line in done.stdout.splitlines()[-2:]])
+    (asked, hits), again = counts
+    assert hits < asked / 2
+    assert again == [asked, asked]
+
+
 @needs_gcsfs
 def test_a_run_in_a_bucket_is_the_same_run(finished, tmp_path: Path, environment) -> None:
     with bucket.serve() as server:
