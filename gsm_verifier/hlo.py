@@ -36,6 +36,7 @@ _GROUPS = re.compile(  # their size: of a list, of an iota, of named axes of a m
 )
 _SIZE = re.compile(r"'(\w+)'=(\d+)")
 _PART = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
+_GEMM = re.compile(r'"__cublas\$.*"lhs_contracting_dimensions":\[([^\]]*)\]')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place, of the first operand, by which
@@ -136,6 +137,13 @@ def _dot(x: _Instruction, types: list[str]) -> float:
     return 2 * math.prod(out) * math.prod(lhs[int(axis)] for axis in axes if axis)
 
 
+def _gemm(x: _Instruction, types: list[str]) -> float:
+    """A matrix product as GPUs have it, which cuBLAS computes; its second result is scratch."""
+    out, (lhs,) = _shapes(x.type)[0], _shapes(types[0])
+    axes = _GEMM.search(x.attributes).group(1).replace('"', "")  # type: ignore[union-attr]
+    return 2 * math.prod(out) * math.prod(lhs[int(axis)] for axis in axes.split(",") if axis)
+
+
 def _told(x: _Instruction) -> float:
     """Of a kernel in another language, which says so itself."""
     return float(re.search(r"flops = (\d+)", x.attributes).group(1))  # type: ignore[union-attr]
@@ -200,6 +208,8 @@ class _Module:
                 total.flops += times * _convolution(x, types)
             elif kind == "custom-call" and cpu_kernels.TARGET in x.attributes:
                 total.flops += times * _told(x)
+            elif kind == "custom-call" and _GEMM.search(x.attributes):
+                total.flops += times * _gemm(x, types)
             if not fused and x.opcode not in _FREE and not x.opcode.endswith("-done"):
                 total.hbm += times * self._moved(x, types)
             runs = self._trips(here, x) if kind == "while" else 1
@@ -250,6 +260,9 @@ class _Module:
             return _bytes(taken, everywhere=True) + _bytes(taken)
         if x.opcode.endswith("-start") and x.type.startswith("("):  # what is read and written
             return _bytes(x.type)
+        if x.opcode == "custom-call" and _GEMM.search(x.attributes):
+            made = _ARRAY.search(x.type).group()  # type: ignore[union-attr]
+            return sum(map(_bytes, types)) + _bytes(made)
         if x.opcode in _SLICES:
             return (_bytes(x.type, everywhere=True) if _bytes(types[0]) else 0) + _bytes(x.type)
         if x.opcode in _UPDATES:

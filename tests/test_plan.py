@@ -142,6 +142,29 @@ def test_what_a_tpus_compiler_writes() -> None:
     assert got.hbm == pytest.approx(12 * 3 * big, rel=1e-3)
 
 
+def test_what_a_gpus_compiler_writes() -> None:
+    """cuBLAS computes the products, batched or not, and is given scratch memory."""
+    gemm = (
+        'custom_call_target="__cublas${}", backend_config={{"operation_queue_id":"0",'
+        '"gemm_backend_config":{{"alpha_real":1,"beta":0,"dot_dimension_numbers":{{'
+        '"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}},"epilogue":"DEFAULT"}}}}'
+    )
+    for target in ("gemm", "lt$matmul"):
+        program = f"""HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[8,32,64], b: bf16[8,64,16]) -> bf16[8,32,16] {{
+  %a = bf16[8,32,64]{{2,1,0}} parameter(0)
+  %b = bf16[8,64,16]{{2,1,0}} parameter(1)
+  %c = (bf16[8,32,16]{{2,1,0}}, s8[4194304]{{0}}) custom-call(%a, %b), {gemm.format(target)}
+  ROOT %out = bf16[8,32,16]{{2,1,0}} get-tuple-element(%c), index=0
+}}
+"""
+        got = hlo.work(program)
+        assert got.flops == 2 * 8 * 32 * 64 * 16
+        assert got.hbm == 2 * 8 * (32 * 64 + 64 * 16 + 32 * 16)
+
+
 def test_what_is_updated_in_place_moves_the_update_alone() -> None:
     """As a TPU writes a slot's key: its scatter, in a fusion or alone, is given the whole cache."""
     alone = """HloModule jit_f, is_scheduled=true
