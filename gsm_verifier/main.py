@@ -48,11 +48,11 @@ def main(argv: list[str]) -> None:
             raise ValueError("--distributed, where the platform tells, or --coordinator: not both")
         if _DISTRIBUTED.value or told != (None, None, None):
             processes.meet(*told)
+        stages = _STAGES.value or list(pipeline.STAGES)
         if _PLAN.value:
-            for line in plan.lines(config, _TOPOLOGY.value):
+            for line in plan.lines(config, _TOPOLOGY.value, stages):
                 print(line, flush=True)
         else:
-            stages = _STAGES.value or list(pipeline.STAGES)
             pipeline.run_stages(config, folder, stages)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("GSM_VERIFIER_TRACEBACK"):
