@@ -26,7 +26,8 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION...] [-- FLAG...
   --dry-run                  print every gcloud command instead of running it
 
 FLAG... are those of gsm_verifier.main: --config and --workdir at least. The work directory must be
-a folder that all workers see, or gs://<bucket>/<run>, for which nothing has to be mounted.
+a folder that all workers see, by its absolute path and not in the checkout, which `install` makes
+anew; or gs://<bucket>/<run>, for which nothing has to be mounted.
 EOF
 }
 
@@ -65,9 +66,27 @@ while (($#)); do
 done
 flags=("$@")
 [[ -n $name && -n $zone ]] || fail "--name and --zone are needed"
+config='' workdir=''
 if [[ $verb == run || $verb == up ]]; then
-    [[ " ${flags[*]}" == *" --config="* && " ${flags[*]}" == *" --workdir="* ]] ||
+    for flag in "${flags[@]}"; do
+        case $flag in
+            --config=*) config=${flag#*=} ;;
+            --workdir=*) workdir=${flag#*=} ;;
+        esac
+    done
+    [[ -n $config && -n $workdir ]] ||
         fail "give gsm_verifier.main's --config=... and --workdir=... after --"
+    case $workdir in
+        /* | gs://?*/?*) ;;
+        *) fail "--workdir=$workdir: give /mnt/runs/<run>, or another absolute path, or gs://<bucket>/<run>" ;;
+    esac
+    # Types up to 8 are of one host, whether they count chips or cores. Many share what `install`
+    # mounts; better told before the slice is paid for.
+    if [[ $verb == up && $workdir == /* && $type =~ -([0-9]+)$ ]] && ((BASH_REMATCH[1] > 8)); then
+        [[ -n $nfs && $workdir == /mnt/runs/?* ]] ||
+            fail "--workdir=$workdir: not shared by the hosts of $type: give /mnt/runs/<run> with" \
+                "--nfs=HOST:/SHARE, or gs://<bucket>/<run>"
+    fi
 fi
 
 # Every gcloud command goes through here, and is shown.
@@ -199,6 +218,12 @@ run() {
     remote all "$TELL
 set -eu
 cd gsm_verifier
+case $(printf %q "$workdir") in
+    \"\$PWD\"/*)
+        echo 'tpu_pod.sh: --workdir is in the checkout, which install deletes: give another' >&2
+        exit 1
+        ;;
+esac
 if tell 0; then
     echo 'a run is going on: stop it first' >&2
     exit 1

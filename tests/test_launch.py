@@ -32,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = REPOSITORY / "launch"
 MAIN_FLAGS = ["--config=configs/gsm8k.py:tiny", "--workdir=/mnt/runs/a b"]
 SLICE = ["--name=gsm", "--zone=z"]
+NFS = "--nfs=10.0.0.2:/share"
 
 # Options of what is called or quoted here, by the programs' manuals; "=" is before a value. What
 # else is to be used has to be looked up there first.
@@ -248,7 +249,7 @@ def runs(world: SimpleNamespace) -> list[list[str]]:
 
 
 def test_up_makes_the_slice_installs_this_commit_and_runs_to_the_end(world) -> None:
-    flags = ["--project=p", "--spot", "--poll=0.05", "--"]
+    flags = ["--project=p", "--spot", NFS, "--poll=0.05", "--"]
     done = pod(world, "up", *flags, *MAIN_FLAGS)
     assert done.code == 0, done.err
     assert verbs(world)[:4] == ["describe", "create", "ssh", "scp"]
@@ -270,7 +271,7 @@ def test_up_makes_the_slice_installs_this_commit_and_runs_to_the_end(world) -> N
 
 
 def test_up_starts_again_after_a_preemption_on_a_new_slice(world) -> None:
-    done = pod(world, "up", "--poll=0.05", "--", *MAIN_FLAGS, OUTCOMES="preempted 0")
+    done = pod(world, "up", NFS, "--poll=0.05", "--", *MAIN_FLAGS, OUTCOMES="preempted 0")
     assert done.code == 0, done.err
     assert verbs(world).count("create") == 2
     assert verbs(world).count("delete") == 1
@@ -279,7 +280,8 @@ def test_up_starts_again_after_a_preemption_on_a_new_slice(world) -> None:
 
 
 def test_up_tries_a_failing_run_again_and_gives_up_with_its_log(world) -> None:
-    done = pod(world, "up", "--poll=0.05", "--tries=2", "--", *MAIN_FLAGS, OUTCOMES="1")
+    flags = [NFS, "--poll=0.05", "--tries=2", "--"]
+    done = pod(world, "up", *flags, *MAIN_FLAGS, OUTCOMES="1")
     assert done.code == 1
     assert len(runs(world)) == 2
     assert verbs(world).count("create") == 1
@@ -372,7 +374,7 @@ def test_a_failing_network_is_not_a_missing_slice(world) -> None:
 
 def test_install_mounts_the_work_directory_and_can_clone(world) -> None:
     assert pod(world, "create").code == 0
-    done = pod(world, "install", "--nfs=10.0.0.2:/share", f"--repo={REPOSITORY}")
+    done = pod(world, "install", NFS, f"--repo={REPOSITORY}")
     assert done.code == 0, done.err
     assert "scp" not in verbs(world)
     assert ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/runs"] in world.calls("sudo")
@@ -417,6 +419,15 @@ def test_a_dry_run_shows_every_command_and_runs_none(world) -> None:
         (["create", *SLICE, "--size=3"], "unknown option --size=3"),
         (["run", *SLICE], "--config"),
         (["run", *SLICE, "--", "--config=c"], "--workdir"),
+        (["run", *SLICE, "--", "--config=c", "--workdir="], "--workdir=..."),
+        (["run", *SLICE, "--", "--config=c", "--workdir=runs/r"], "runs/r: give /mnt/runs/<run>"),
+        (["up", *SLICE, NFS, "--", "--config=c", "--workdir=~/r"], "~/r: give /mnt/runs/<run>"),
+        (["run", *SLICE, "--", "--config=c", "--workdir=gs:/b/r"], "or gs://<bucket>/<run>"),
+        (["run", *SLICE, "--", "--config=c", "--workdir=gs://b"], "or gs://<bucket>/<run>"),
+        (["run", *SLICE, "--", *MAIN_FLAGS, "--workdir=r"], "--workdir=r:"),  # the last one counts
+        (["up", *SLICE, "--", *MAIN_FLAGS], "not shared by the hosts of v5litepod-16"),
+        (["up", *SLICE, NFS, "--", "--config=c", "--workdir=/home/r"], "--nfs=HOST:/SHARE"),
+        (["up", *SLICE, "--type=v5p-16", "--", *MAIN_FLAGS], "not shared by the hosts of v5p-16"),
     ],
     ids=str,
 )
@@ -424,7 +435,21 @@ def test_wrong_words_are_refused_before_any_command(world, words: list[str], nam
     done = world.call("launch/tpu_pod.sh", *words)
     assert done.code == 2
     assert names in done.err
+    assert names == "usage:" or len(done.err.splitlines()) == 1
     assert not world.calls("gcloud")
+
+
+def test_one_host_may_keep_its_runs_to_itself_but_not_in_the_checkout(world) -> None:
+    flags = ["--type=v5litepod-8", "--poll=0.05", "--tries=1", "--", "--config=c"]
+    inside = f"--workdir={world.home}/gsm_verifier/runs/r"
+    done = pod(world, "up", *flags, inside)
+    assert done.code == 1
+    assert "--workdir is in the checkout, which install deletes" in done.err
+    assert not runs(world)
+    beside = f"--workdir={world.home}/runs/r"
+    done = pod(world, "up", *flags, beside)
+    assert done.code == 0, done.err
+    assert runs(world) == [["--distributed", "--config=c", beside]]
 
 
 def test_help_names_every_command_and_option(world) -> None:
