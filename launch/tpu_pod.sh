@@ -40,7 +40,9 @@ verb=${1:-}
 case $verb in
     create | install | run | logs | stop | delete | up) shift ;;
     -h | --help | help) usage && exit 0 ;;
-    *) usage >&2 && exit 2 ;;
+    '') usage >&2 && exit 2 ;;
+    -*) fail "a command comes before $verb; see --help" ;;
+    *) fail "unknown command $verb; see --help" ;;
 esac
 
 name='' zone='' project='' nfs='' repo='' spot='' dry_run=''
@@ -60,6 +62,9 @@ while (($#)); do
         --spot) spot=1 ;;
         --dry-run) dry_run=1 ;;
         --) shift && break ;;
+        --name | --zone | --project | --type | --version | --nfs | --repo | --poll | --tries | --grace)
+            fail "use $1=${2:-VALUE}"
+            ;;
         *) fail "unknown option $1; see --help" ;;
     esac
     shift

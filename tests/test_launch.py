@@ -414,7 +414,10 @@ def test_a_dry_run_shows_every_command_and_runs_none(world) -> None:
     ("words", "names"),
     [
         ([], "usage:"),
-        (["start"], "usage:"),
+        (["start"], "unknown command start"),
+        ([*SLICE, "create"], "a command comes before --name=gsm"),
+        (["create", "--name", "g", "--zone=z"], "use --name=g"),
+        (["create", "--name=g", "--zone"], "use --zone=VALUE"),
         (["create", "--zone=z"], "--name and --zone"),
         (["create", *SLICE, "--size=3"], "unknown option --size=3"),
         (["run", *SLICE], "--config"),
@@ -458,6 +461,8 @@ def test_help_names_every_command_and_option(world) -> None:
     assert done.code == 0
     for option in re.findall(r"^        (--[a-z-]+)(?:=\*)?\)", text, re.MULTILINE):
         assert option in done.out
+    valued = re.findall(r"^        (--[a-z-]+)=\*\)", text, re.MULTILINE)
+    assert f"        {' | '.join(valued)})\n" in text  # those that are told to have a value
     for verb in ("create", "install", "run", "logs", "stop", "delete", "up"):
         assert re.search(rf"^  {verb} ", done.out, re.MULTILINE)
 
