@@ -17,7 +17,7 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION...] [-- FLAG...
   --name=NAME, --zone=ZONE   the slice; [--project=PROJECT]: else gcloud's default
   --type=TYPE                accelerator type (default v5litepod-16: 16 chips, 4 hosts)
   --version=VERSION          runtime version (default v2-alpha-tpuv5-lite)
-  --spot                     cheaper, and can be preempted at any time
+  --spot                     cheaper, and can be preempted at any time; `up` waits for capacity
   --nfs=HOST:/SHARE          mounted on all workers at /mnt/runs: for --workdir=/mnt/runs/<run>
   --repo=URL                 workers clone this instead of being sent a copy
   --poll=SECONDS             between two looks of `up` (default 60)
@@ -111,10 +111,12 @@ remote() {
     tpu ssh "$name" --worker="$1" --command="$2"
 }
 
+errors=$(mktemp) # what gcloud said last
+trap 'rm "$errors"' EXIT
+
 # READY, PREEMPTED ..., or ABSENT. What isn't known, such as a failing network, is an error.
 state() {
-    local errors found
-    errors=$(mktemp)
+    local found
     if found=$(tpu describe "$name" --format='value(state)' 2> "$errors"); then
         found=${found:-ABSENT} # as in a dry run
     elif grep -q NOT_FOUND "$errors"; then
@@ -123,13 +125,22 @@ state() {
         found=''
     fi
     cat "$errors" >&2
-    rm "$errors"
     [[ -n $found ]] && echo "$found"
 }
 
 make_slice() {
-    tpu create "$name" --accelerator-type="$type" --version="$version" ${spot:+--spot}
+    tpu create "$name" --accelerator-type="$type" --version="$version" ${spot:+--spot} 2>&1 |
+        tee "$errors" >&2
 }
+
+# Did gcloud say what mends itself? Quota is RESOURCE_EXHAUSTED too, and stays so.
+passes() {
+    local said
+    said=$(grep -v '^+ ' "$errors") || true
+    [[ ! $said =~ [Qq]uota && $said =~ $PASSES ]]
+}
+PASSES='RESOURCE_EXHAUSTED|capacity|[Ss]tockout|STOCKOUT|[Pp]reempted|PREEMPTED'
+PASSES+='|[Ii]nternal error|INTERNAL|[Uu]navailable|UNAVAILABLE'
 
 create() {
     local now
@@ -141,7 +152,11 @@ create() {
                 make_slice
                 return
                 ;;
-            PREEMPTED | TERMINATED) tpu delete "$name" && make_slice && return 0 || return 1 ;;
+            PREEMPTED | TERMINATED)
+                tpu delete "$name" 2>&1 | tee "$errors" >&2 || return 1
+                make_slice
+                return
+                ;;
             CREATING | STARTING | RESTARTING | REPAIRING | DELETING) sleep "$poll" ;;
             *)
                 echo "tpu_pod.sh: $name is $now: start it, or delete it" >&2
@@ -272,7 +287,7 @@ up() {
     local failed=0 code
     while true; do
         until create; do
-            [[ -n $spot ]] || return 1
+            [[ -n $spot ]] && passes || return 1
             echo "tpu_pod.sh: no slice yet; trying again" >&2
             sleep "$poll"
         done

@@ -91,9 +91,11 @@ import pathlib, shutil
 fake = pathlib.Path(os.environ["FAKE"])
 state, home = fake / "state", fake / "home"
 verb = words[4]
+refused = fake / f"refused_{verb}"  # a message a line, one for each call
+if refused.exists() and (messages := refused.read_text().splitlines()):
+    refused.write_text("\\n".join(messages[1:]))
+    sys.exit(f"ERROR: (gcloud.compute.tpus.tpu-vm.{verb}) {messages[0]}")
 if verb == "describe":
-    if (fake / "offline").exists():
-        sys.exit("ERROR: (gcloud) the network is unreachable")
     if not state.exists():
         sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: no such node")
     print(state.read_text())
@@ -365,11 +367,54 @@ def test_create_reuses_what_is_there(world, state: str | None, wanted: list[str]
 
 
 def test_a_failing_network_is_not_a_missing_slice(world) -> None:
-    (world.folder / "offline").touch()
+    (world.folder / "refused_describe").write_text("the network is unreachable")
     done = pod(world, "create")
     assert done.code == 1
     assert verbs(world) == ["describe"]
     assert "unreachable" in done.err
+
+
+PASSING = [
+    '{"code": 8, "message": "There is no more capacity in the zone \\"z\\"; you can try another"}',
+    "RESOURCE_EXHAUSTED: try again later",
+    "the zone does not have enough resources (state:STOCKOUT)",
+    "the node was preempted while it was created",
+    '{"code": 13, "message": "an internal error has occurred"}',
+    "UNAVAILABLE: The service is currently unavailable.",
+]
+
+
+def test_up_waits_for_a_spot_slice(world) -> None:
+    (world.folder / "refused_create").write_text("\n".join(PASSING))
+    flags = [NFS, "--poll=0.05", "--", *MAIN_FLAGS]
+    assert pod(world, "up", *flags).code == 1  # not of --spot: tried once
+    assert verbs(world) == ["describe", "create"]
+    done = pod(world, "up", "--spot", *flags)
+    assert done.code == 0, done.err
+    assert done.err.count("no slice yet; trying again") == len(PASSING) - 1
+    assert len(runs(world)) == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("describe", "You do not currently have an active account selected."),
+        ("create", "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on 'internal-ml'"),
+        ("create", 'INVALID_ARGUMENT: Accelerator type "v5e-16" not found'),
+        ("create", "RESOURCE_EXHAUSTED: Quota limit 'A' has been exceeded. Limit: 0 in zone z."),
+        ("delete", "PERMISSION_DENIED: Permission 'tpu.nodes.delete' denied"),
+    ],
+)
+def test_up_gives_up_where_waiting_does_not_help(world, verb: str, message: str) -> None:
+    (world.folder / f"refused_{verb}").write_text(message)
+    if verb == "delete":
+        world.home.mkdir()
+        (world.folder / "state").write_text("PREEMPTED")
+    flags = ["--project=preempted", NFS, "--poll=0.05", "--"]  # what it was told, it didn't say
+    done = pod(world, "up", "--spot", *flags, *MAIN_FLAGS)
+    assert done.code == 1
+    assert done.err.endswith(f"{message}\n")
+    assert verbs(world)[-1] == verb
 
 
 def test_install_mounts_the_work_directory_and_can_clone(world) -> None:
