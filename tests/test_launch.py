@@ -55,7 +55,7 @@ ACCEPTED = {
     "sky down": "",
     # slurm.schedmd.com/sbatch.html, slurm.schedmd.com/srun.html, github.com/NVIDIA/pyxis
     "sbatch": "--job-name= --nodes= --gpus-per-node= --ntasks-per-node= --cpus-per-task= --time= "
-    "--output= --open-mode= --requeue",
+    "--output= --open-mode= --requeue --signal= --dependency=",
     "srun": "--kill-on-bad-exit= --container-image= --container-mounts= --container-workdir=",
     # apptainer.org/docs/user/latest/cli/apptainer_exec.html
     "apptainer exec": "--nv --bind= --pwd=",
@@ -516,7 +516,7 @@ def test_help_names_every_command_and_option(world) -> None:
 
 
 def test_slurm_starts_one_process_per_gpu(world) -> None:
-    done = world.call("sbatch", "launch/slurm.sh", *MAIN_FLAGS, VENV="nowhere")
+    done = world.call("sbatch", "launch/slurm.sh", *MAIN_FLAGS)
     assert done.code == 0, done.err
     main = ["-m", "gsm_verifier.main", "--distributed", *MAIN_FLAGS]
     assert world.calls("srun") == [["--kill-on-bad-exit=1", "python", *main]]
@@ -527,6 +527,7 @@ def test_slurm_starts_one_process_per_gpu(world) -> None:
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert "gpus-per-task" not in options
     assert "requeue" in options
+    assert options["signal"] == "TERM@300"  # to the tasks; B: would be the script alone
 
 
 def test_slurm_in_containers_and_environments(world) -> None:
@@ -536,21 +537,34 @@ def test_slurm_in_containers_and_environments(world) -> None:
         {"VENV": str(world.folder / "venv")},
         {"CONTAINER": "image.sif"},
         {"CONTAINER": "image.sqsh"},
+        {"CONTAINER": "image.sif", "VENV": "/its/own"},
     ):
         assert world.call("sbatch", "launch/slurm.sh", *MAIN_FLAGS, **changes).code == 0
-    plain, apptainer, pyxis = world.calls("srun")
+    plain, apptainer, pyxis, inside = world.calls("srun")
     assert plain[1] == str(python)
     assert apptainer[1:4] == ["apptainer", "exec", "--nv"]
-    assert world.calls("apptainer") == [apptainer[2:]] * 16
+    assert world.calls("apptainer") == [apptainer[2:]] * 16 + [inside[2:]] * 16
     assert "image.sif" in apptainer
     assert "--container-image=image.sqsh" in pyxis
+    assert "python" in apptainer
+    assert "/its/own/bin/python" in inside
     assert all(words[-len(MAIN_FLAGS) :] == MAIN_FLAGS for words in (plain, apptainer, pyxis))
 
 
-def test_slurm_outside_of_a_job_or_without_flags_says_how(world) -> None:
+def test_slurm_says_what_is_missing(world) -> None:
     assert "sbatch" in world.call("launch/slurm.sh", *MAIN_FLAGS).err
     assert world.call("sbatch", "launch/slurm.sh").code == 2
     assert "usage:" in world.call("launch/slurm.sh", "--help").out
+    for flags, changes, names in [
+        (MAIN_FLAGS[:1], {}, "--workdir=..."),
+        (["--workdir=", *MAIN_FLAGS[:1]], {}, "--workdir=..."),
+        (MAIN_FLAGS[1:], {}, "--config=..."),
+        (MAIN_FLAGS, {"VENV": "nowhere"}, "VENV=nowhere: there is no nowhere/bin/python"),
+    ]:
+        done = world.call("sbatch", "launch/slurm.sh", *flags, **changes)
+        assert done.code == 2
+        assert names in done.err
+        assert len(done.err.splitlines()) == 1
     assert not world.calls("srun")
 
 
@@ -733,6 +747,7 @@ def test_every_quoted_command_parses(world, command: str) -> None:
         if "--" in rest:
             check_main_flags(rest[rest.index("--") + 1 :])
     elif program == "sbatch":
+        world.program(world.folder / "checkout" / ".venv" / "bin" / "python")
         known = (LAUNCH / "slurm.sh").read_text()
         assert all(f"  {name}=" in known for name in variables)
         done = world.call(program, *rest, **variables)
