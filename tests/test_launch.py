@@ -584,6 +584,7 @@ def test_the_gke_manifest_starts_a_process_on_every_host_of_the_slice() -> None:
     job = replicated["template"]["spec"]
     assert job["backoffLimit"] == 0
     pod_spec = job["template"]["spec"]
+    assert pod_spec["shareProcessNamespace"] is True  # PID 1 would ignore SIGTERM
     (container,) = pod_spec["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert container["resources"]["requests"]["google.com/tpu"] == chips
