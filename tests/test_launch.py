@@ -714,6 +714,27 @@ def test_the_readme_speaks_of_every_file_and_every_kind_of_command() -> None:
     assert first == {"launch/tpu_pod.sh", "kubectl", "sky", "sbatch", "python"}
 
 
+VERSIONS = {"v5e": "v5-lite", "v5p": "v5", "v6e": "v6e"}  # cloud.google.com/tpu/docs/runtimes
+
+
+def test_planned_slices_are_told_by_type_and_version(world) -> None:
+    readme = (LAUNCH / "README.md").read_text()
+    found = re.findall(r"^\| (v\w+):([x\d]+) \| (\S+)-(\d+) \| (\S+) \| (\d+) \|$", readme, re.M)
+    assert {kind for kind, *_ in found} == {k for k, chip in plan.CHIPS.items() if chip.slices}
+    for kind, shape, name, number, version, hosts in found:
+        assert shape in plan.CHIPS[kind].slices.split()
+        chips = math.prod(map(int, shape.split("x")))
+        cores = 2 if kind == "v5p" else 1
+        assert int(number) == cores * chips
+        assert int(hosts) == (1 if int(number) <= 8 else chips // 4)
+        assert name == {"v5e": "v5litepod"}.get(kind, kind)
+        done = pod(world, "up", f"--type={name}-{number}", "--dry-run", "--", *MAIN_FLAGS)
+        assert (done.code == 0) == (hosts == "1")  # many need --nfs
+        assert version == f"v2-alpha-tpu{VERSIONS[kind]}"
+    defaults = re.search(r"^type=(\S+) version=(\S+) ", (LAUNCH / "tpu_pod.sh").read_text(), re.M)
+    assert defaults.groups() in [(f"{name}-{n}", v) for _, _, name, n, v, _ in found]
+
+
 def test_what_is_quoted_within_lines_exists() -> None:
     extras = re.findall(r'^        "(\w+)": ', (REPOSITORY / "setup.py").read_text(), re.MULTILINE)
     keys = leaves(default())
