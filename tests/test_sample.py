@@ -448,7 +448,7 @@ def test_top_k_and_top_p_keep_the_allowed_tokens_and_their_odds(
 
     def tokens(at: int) -> Any:
         who = problem_PC, sample_PC, np.full((2, 5_000), at)
-        return decode.draw(logits_PCV, sampling, *who, attention)[0]
+        return decode.draw(logits_PCV, config.with_(attention=attention), sampling, *who)[0]
 
     drawn = np.array([tokens(0), tokens(3)]).reshape(4, -1)
     for row in drawn:

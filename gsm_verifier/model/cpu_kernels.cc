@@ -484,7 +484,7 @@ constexpr Size kBlock = 64;  // of the vocabulary
 // slot's logits. Blocks first and then a block's members: as `inverse_cdf` in decode.py, which says
 // why.
 struct Draw {
-  Size R, V;
+  Size R, V, text_size;
   float coldness;  // 1 / temperature; 0 takes the likeliest
   const float *logits_RV, *uniform_R;
   int32_t* token_R;
@@ -504,14 +504,19 @@ struct Draw {
 
   void operator()(Size r, Size) const {
     const float* const logits = logits_RV + r * V;
-    const float top = Top(logits, V, -INFINITY);
-    std::vector<float> mass(V / kBlock);
+    const Size whole = text_size / kBlock * kBlock;
+    float rest_of[kBlock];
+    std::fill_n(rest_of, kBlock, -INFINITY);
+    std::copy(logits + whole, logits + text_size, rest_of);
+    const auto block_of = [&](Size j) { return j * kBlock < whole ? logits + j * kBlock : rest_of; };
+    const float top = Top(rest_of, kBlock, Top(logits, whole, -INFINITY));
+    std::vector<float> mass((text_size + kBlock - 1) / kBlock);
     Vector total{};
     float drawn = 0;
-    for (Size j = 0; j < V / kBlock; ++j) {
+    for (Size j = 0; j < Size(mass.size()); ++j) {
       Vector sum{};
-      for (Size v = j * kBlock; v < (j + 1) * kBlock; v += kLanes) {
-        const Vector x = Load<Vector>(logits + v) - top;
+      for (Size v = 0; v < kBlock; v += kLanes) {
+        const Vector x = Load<Vector>(block_of(j) + v) - top;
         total += Weight(x);
         sum += Weight(coldness * x);
       }
@@ -519,14 +524,14 @@ struct Draw {
     }
     log_total_R[r] = top + std::log(Sum(total));
     if (coldness == 0) {
-      const Size likeliest = std::find(logits, logits + V, top) - logits;
-      token_R[r] = likeliest < V ? likeliest : 0;  // or none is: they are no numbers
+      const Size likeliest = std::find(logits, logits + text_size, top) - logits;
+      token_R[r] = likeliest < text_size ? likeliest : 0;  // or none is: they are no numbers
       return;
     }
     const auto [block, rest] = Pick(mass.data(), mass.size(), uniform_R[r] * drawn);
     float weights[kBlock];
     for (Size v = 0; v < kBlock; v += kLanes)
-      Store(weights + v, Weight(coldness * (Load<Vector>(logits + block * kBlock + v) - top)));
+      Store(weights + v, Weight(coldness * (Load<Vector>(block_of(block) + v) - top)));
     token_R[r] = block * kBlock + Pick(weights, kBlock, rest).first;
   }
 };
@@ -667,10 +672,9 @@ auto BackwardsBinding() {
 
 ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
                    ffi::Result<Int32s<2>> token, ffi::Result<Floats<2>> log_total, float coldness,
-                   int64_t) {
+                   int64_t text_size, int64_t) {
   const auto d = logits.dimensions();
-  if (d[2] % kBlock) return ffi::Error::Internal("the vocabulary must be whole blocks");
-  const Draw draw{d[0] * d[1],          d[2], coldness, logits.typed_data(), uniform.typed_data(),
+  const Draw draw{d[0] * d[1], d[2], text_size, coldness, logits.typed_data(), uniform.typed_data(),
                   token->typed_data(), log_total->typed_data()};
   Share(pool, draw.R, 1, draw);
   return ffi::Error::Success();
@@ -686,6 +690,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_float32, RunDraw,
                                   .Ret<Int32s<2>>()   // token_PC
                                   .Ret<Floats<2>>()   // log_total_PC
                                   .Attr<float>("coldness")
+                                  .Attr<int64_t>("text_size")
                                   .Attr<int64_t>("flops"));
 
 #define HANDLERS(NAME, TYPE)                                                                       \

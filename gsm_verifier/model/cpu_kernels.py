@@ -231,12 +231,13 @@ def _backwards(scale: float, kept: tuple[jax.Array, ...], d_out: jax.Array) -> t
 whole_attention.defvjp(_forwards, _backwards)
 
 
-def draw(logits_PCV: jax.Array, uniform_PC: jax.Array, temperature: float) -> Any:
+def draw(logits_PCV: jax.Array, uniform_PC: jax.Array, temperature: float, text_size: int) -> Any:
     """(tokens drawn, [P, C]; logarithm of the sum of the exponentials of the logits, [P, C]).
 
     Args:
-      logits_PCV: float32, of whole blocks of 64; each device must have its slots' whole vocabulary.
+      logits_PCV: float32; each device must have its slots' whole vocabulary.
       uniform_PC: from 0 to 1, float32. temperature: 0 takes the likeliest.
+      text_size: of the vocabulary; what lies beyond isn't looked at.
     """
     return _call(
         "draw",
@@ -248,4 +249,5 @@ def draw(logits_PCV: jax.Array, uniform_PC: jax.Array, temperature: float) -> An
         uniform_PC,
         dtype=jnp.dtype(jnp.float32),
         coldness=np.float32(1 / temperature if temperature else 0),
+        text_size=np.int64(text_size),
     )

@@ -299,11 +299,17 @@ def _capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def logits(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+def logits(
+    config: ModelConfig, table_VD: jax.Array, hidden: jax.Array, all_ids: bool = False
+) -> jax.Array:
     """`Transformer.logits` by its `table` alone."""
-    found = _product("...D,VD->...V", False, hidden, table_VD)
-    is_text_V = jnp.arange(config.vocab_size) < config.text_size
-    return jnp.where(is_text_V, _capped(config, found), HIDDEN)
+    found = _capped(config, _product("...D,VD->...V", False, hidden, table_VD))
+    return found if all_ids else text_only(config, found)
+
+
+def text_only(config: ModelConfig, logits: jax.Array) -> jax.Array:
+    """Logits [..., V] without those of ids that aren't text."""
+    return jnp.where(jnp.arange(config.vocab_size) < config.text_size, logits, HIDDEN)
 
 
 class Transformer(nn.Module):
@@ -404,9 +410,13 @@ class Transformer(nn.Module):
     def _table(self) -> jax.Array:
         return getattr(self, table(self.config))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits of the language model, float32 [..., V]; ids that aren't text are never likely."""
-        return logits(self.config, self._table(), hidden)
+    def logits(self, hidden: jax.Array, all_ids: bool = False) -> jax.Array:
+        """Logits of the language model, float32 [..., V].
+
+        Args:
+          all_ids: those of ids that aren't text too; else these are never likely.
+        """
+        return logits(self.config, self._table(), hidden, all_ids)
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""

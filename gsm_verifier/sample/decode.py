@@ -325,16 +325,16 @@ def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def draw(
     logits_PCV: jax.Array,
+    config: ModelConfig,
     sampling: Sampling,
     problem: jax.Array,
     sample: jax.Array,
     at: jax.Array,
-    attention: str = "jax",
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of every slot, and the log of its logits' sum of exponentials, each [P, C].
 
     Args:
-      attention: the config's word, `model.attention`, which says whether C++ may do it.
+      logits_PCV: of all ids; those that aren't text are left out here.
     """
     T, key = sampling.temperature, jax.random.key(sampling.seed)
 
@@ -345,8 +345,9 @@ def draw(
 
     uniform_PC = jax.vmap(jax.vmap(uniform))(problem, sample, at)
     of_all = not sampling.top_k and sampling.top_p == 1
-    if of_all and sharding.parts("V") == 1 and by_kernel(attention, cap=0):
-        return cpu_kernels.draw(logits_PCV, uniform_PC, T)
+    if of_all and sharding.parts("V") == 1 and by_kernel(config.attention, cap=0):
+        return cpu_kernels.draw(logits_PCV, uniform_PC, T, config.text_size)
+    logits_PCV = transformer.text_only(config, logits_PCV)
     top_PC = logits_PCV.max(-1)
     logits_PCV -= top_PC[..., None]
     log_total_PC = top_PC + jnp.log(jnp.exp(logits_PCV).sum(-1))
@@ -377,9 +378,9 @@ def one_step(
         Branches(slots.prompt_length_P, slots.age_PC, table_PCJ),
         slots.caches,
     )
-    logits_PCV = model.apply(params, hidden, method="logits")
+    logits_PCV = model.apply(params, hidden, method="logits", all_ids=True)
     who = slots.problem_PC, slots.sample_PC, slots.age_PC
-    drawn, log_total = draw(logits_PCV, sampling, *who, model.config.attention)
+    drawn, log_total = draw(logits_PCV, model.config, sampling, *who)
     forced = slots.queued_PC > 0
     head = jnp.clip(FORCED - slots.queued_PC, 0, FORCED - 1)
     queued = jnp.take_along_axis(slots.queue_PCQ, head[..., None], -1)[..., 0]
