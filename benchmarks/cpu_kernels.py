@@ -1,10 +1,11 @@
-"""Attention on CPU: the C++ kernel beside the one in JAX, for one layer.
+"""What is in C++ on CPU beside what JAX makes of it: attention, for one layer, and draws.
 
     python -m benchmarks.cpu_kernels
 
-Prints one JSON line: of a step of the sampler, and of whole rows without and with their gradient,
-the median milliseconds a call of each way, by the clock and of the processors. The caches of
-several layers take turns, as in a model: none stays in the cache of the processor.
+Prints one JSON line: of a step of the sampler, of whole rows without and with their gradient, and
+of the draws of all slots, the median milliseconds a call of each way, by the clock and of the
+processors. The caches of several layers take turns, as in a model: none stays in the cache of the
+processor.
 """
 
 import argparse
@@ -20,14 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsm_verifier.config import default
 from gsm_verifier.model import cpu_kernels
 from gsm_verifier.model.attention import BranchCache, Branches, Look, by_rows
+from gsm_verifier.plan import model_of
+from gsm_verifier.sample import decode
+from gsm_verifier.sample.engine import sampling_of
 
 K, G, H = 3, 3, 64
 P, C, S, W, J = 8, 20, 96, 60, 4  # of the sampler
 OLDEST = 120  # ages are spread evenly from 0 to it
 LAYERS = 4
 B, T, PROBLEM = 2, 1024, 190  # of whole rows: packed problems of so many positions
+TEXT = 49152  # ids of text
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -79,6 +85,21 @@ def rows(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
     return {"kernel": calls(kernel), "jax": calls(by_rows)}
 
 
+def draws(normal: Callable[..., jax.Array]) -> Calls:
+    """A token for each slot."""
+    model = model_of(default(), "cpu").with_(text_size=TEXT)
+    sampling = sampling_of(default().sample, 0, 0, P * C)
+    logits_PCV = normal(P, C, model.vocab_size).astype(jnp.float32)
+    problem, sample = np.indices((P, C), np.uint32)
+
+    def calls(attention: str) -> Callable[[], Any]:
+        config = model.with_(attention=attention)
+        drawn = jax.jit(lambda x: decode.draw(x, config, sampling, problem, sample, sample))
+        return functools.partial(drawn, logits_PCV)
+
+    return {"kernel": calls("auto"), "jax": calls("jax")}
+
+
 def measure(ways: Calls, rounds: int, calls: int) -> dict[str, dict[str, float]]:
     """The ways in turns."""
     clock: dict[str, list[float]] = {name: [] for name in ways}
@@ -102,7 +123,7 @@ def measure(ways: Calls, rounds: int, calls: int) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    """Measure all three."""
+    """Measure all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=40, help="of each, a round")
@@ -119,6 +140,7 @@ def main() -> None:
         "sampler_step": step(normal, rng),
         "rows": rows(normal, gradient=False),
         "rows_with_gradient": rows(normal, gradient=True),
+        "draws": draws(normal),
     }
     told = {name: measure(ways, options.rounds, options.calls) for name, ways in works.items()}
     print(json.dumps({"dtype": options.dtype} | told))

@@ -153,7 +153,7 @@ def test_slots(folders: list[str]) -> None:
 
 
 @pytest.mark.skipif(not cpu_kernels.available(), reason="no compiler")
-def test_attention() -> None:
+def test_kernels() -> None:
     command = [sys.executable, "-m", "benchmarks.cpu_kernels", "--rounds", "1", "--calls", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
