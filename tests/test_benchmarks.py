@@ -121,6 +121,18 @@ def test_records(tmp_path: Path) -> None:
     assert json.loads((folder / "results.json").read_bytes())["splits"]["test"]["samples"] == 6
 
 
+@pytest.mark.slow
+def test_no_stage_holds_all_completions() -> None:
+    """Four times as many, in shards of the same size: as objects they would be 150 MiB more."""
+    parts = ["samples", "score", "label", "rank"]
+    few, many = (
+        told("records", "--problems", problems, "--completions", "500", "--parts", *parts)["parts"]
+        for problems in ("100", "400")
+    )
+    for part in parts:
+        assert many[part]["memory_mib"] - few[part]["memory_mib"] < 50, part
+
+
 def test_scaling() -> None:
     """A device's share doesn't grow along the data axis; only gradients are sent, around a ring."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--config", "configs/quickstart.py:tiny"]
