@@ -560,12 +560,12 @@ def _smallest(
             if costs is None:
                 continue
             decoding: dict[float, tuple[str, Costs]] = {}
-            for where in WORDS["mesh.sampling"]:
+            for where in sorted(WORDS["mesh.sampling"], key=lambda word: word != given):
                 config.mesh.sampling = where
                 sampled = _fitting(config, mesh, chip, stages, bar, sampling=True)
                 if sampled is not None:
                     seconds = sampled[DECODE].limit(chip)[1] if sampled else float(where != given)
-                    decoding[seconds] = where, sampled
+                    decoding.setdefault(seconds, (where, sampled))
             if decoding:
                 fastest, sampled = decoding[min(decoding)]
                 return f"{kind}:{shape}", mesh, fastest, costs | sampled

@@ -10,6 +10,7 @@ import re
 import secrets
 import signal
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from gsm_verifier import storage
+from gsm_verifier import provenance, storage
 
 COME_WITHIN = 300  # seconds, in which all processes must have started
 DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
@@ -85,7 +86,7 @@ def agree(told: Mapping[str, Any], folder: Path) -> None:
     count = jax.process_count()
     if count == 1:
         return
-    if jax.device_count() != count * jax.local_device_count():
+    if len(set(Counter(device.process_index for device in jax.devices()).values())) > 1:
         raise ValueError("processes with different numbers of devices: give all the same")
     mine = json.dumps(told, sort_keys=True, default=str).encode()
     (size,) = largest(len(mine))
@@ -94,7 +95,7 @@ def agree(told: Mapping[str, Any], folder: Path) -> None:
     for index, others in enumerate(everyones):
         for key in sorted({*everyones[0], *others}):
             ours, theirs = (x.get(key) for x in (everyones[0], others))
-            if ours != theirs:
+            if ours != theirs and provenance.UNKNOWN not in (ours, theirs):
                 raise ValueError(
                     f"process {index} was started with {key}={theirs}, process 0 with {ours}: "
                     "start all of them with the same"
@@ -133,6 +134,8 @@ class Stopped(Exception):
 class Termination:
     """Within it, SIGTERM, or a Ctrl-C, doesn't end the process but is noted, for all to see.
 
+    One that came after the last look ends the process as it leaves.
+
     with Termination() as termination:
         ...
         if termination.asked():  # the same on all processes, which ask equally often
@@ -142,12 +145,12 @@ class Termination:
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self.noted, self._came = False, 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.noted and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C doesn't wait for the end of the step
-        self.noted = True
+        self.noted, self._came = True, number
 
     def asked(self) -> bool:
         """Has any process been asked to end?"""
@@ -165,3 +168,5 @@ class Termination:
     ) -> None:
         for number, handler in self._before:
             signal.signal(number, handler)
+        if self._came and kind is None:
+            signal.raise_signal(self._came)

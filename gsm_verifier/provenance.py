@@ -5,6 +5,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+UNKNOWN = "unknown"
 PACKAGES = (
     "gsm_verifier",
     "jax",
@@ -20,7 +21,7 @@ PACKAGES = (
 
 
 def commit() -> str:
-    """The source's git commit, "-dirty" if files were changed; "unknown" outside a checkout."""
+    """The source's git commit, "-dirty" if files were changed; `UNKNOWN` outside a checkout."""
     source = Path(__file__).parent
     command = [
         "git",
@@ -35,7 +36,7 @@ def commit() -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return UNKNOWN
     return done.stdout.strip()
 
 

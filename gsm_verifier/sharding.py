@@ -202,14 +202,15 @@ def local(
     partitioner would otherwise gather. Arrays the mesh can't divide are worked on whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    specs = tuple(spec(names) for names in letters)
     whole = mesh.empty or any(
-        size % parts(letter, mesh)
-        for x, names in zip(arrays, letters, strict=True)
-        for size, letter in zip(x.shape, names, strict=True)
+        size % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        for x, cut in zip(arrays, specs, strict=True)
+        for size, axes in zip(x.shape, cut, strict=True)
+        if axes
     )
     if whole:
         return function(*arrays)
-    specs = tuple(spec(names) for names in letters)
     return jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(spec, out))(*arrays)
 
 

@@ -678,6 +678,8 @@ def _score(run: Run, scorer: Callable[..., Iterable[list[np.ndarray]]]) -> None:
                 _write_beside(run, scores / path.name, Score, shard, scored)
                 bar.set_postfix_str("", refresh=False)  # no longer compiling
                 bar.update()
+        if termination.asked():
+            raise processes.Stopped("stopped; all shards are kept; run again to go on")
 
 
 NUMERIC = {"greedy": "greedy", "random": "test"}  # methods scored as numbers too, and their splits

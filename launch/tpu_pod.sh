@@ -141,6 +141,7 @@ passes() {
 }
 PASSES='RESOURCE_EXHAUSTED|capacity|[Ss]tockout|STOCKOUT|[Pp]reempted|PREEMPTED'
 PASSES+='|[Ii]nternal error|INTERNAL|[Uu]navailable|UNAVAILABLE'
+PASSES+='|[Cc]onnection|[Tt]imed? ?out|[Dd]eadline|DEADLINE|[Mm]ax retries|Bad Gateway|unreachable'
 
 create() {
     local now

@@ -381,6 +381,7 @@ PASSING = [
     "the node was preempted while it was created",
     '{"code": 13, "message": "an internal error has occurred"}',
     "UNAVAILABLE: The service is currently unavailable.",
+    "gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded",
 ]
 
 

@@ -99,6 +99,21 @@ def test_local_work_sees_a_devices_part_or_where_it_cannot_be_cut_the_whole(
     np.testing.assert_allclose(local(x[:6], make_mesh(2, 2, 2)), x[:6] - x[:6].mean(0))
 
 
+def test_a_letter_whose_axes_another_has_taken_need_not_be_divided(make_mesh: MakeMesh) -> None:
+    """As of the rows of a device's own pool in the sampler, U and P."""
+    x_UPK = np.arange(4 * 3 * 2.0).reshape(4, 3, 2)
+    shapes = []
+
+    def double(x: jax.Array) -> jax.Array:
+        shapes.append(x.shape)
+        return 2 * x
+
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        found = jax.jit(lambda x: sharding.local(double, ("UPK",), "UPK", x))(x_UPK)
+    np.testing.assert_array_equal(found, 2 * x_UPK)
+    assert shapes == [(1, 3, 1)]
+
+
 def test_constraints_bind_under_a_mesh_and_vanish_without(make_mesh: MakeMesh) -> None:
     config = make_config("llama")
 

@@ -651,6 +651,30 @@ def test_fit_leaves_its_callers_parameters_alone(
     assert optax.tree.norm(moved) > 0.1
 
 
+def test_a_signal_after_the_last_look_ends_the_process_as_it_leaves() -> None:
+    def noted(number: int, frame: Any) -> None:
+        came.append(number)
+
+    def stopped() -> None:
+        with processes.Termination():
+            signal.raise_signal(signal.SIGTERM)
+            raise processes.Stopped
+
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, noted)
+    try:
+        with processes.Termination() as termination:
+            signal.raise_signal(signal.SIGTERM)
+            assert termination.noted
+            assert not came
+        assert came == [signal.SIGTERM]
+        with pytest.raises(processes.Stopped):
+            stopped()
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("warned", [False, True])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     warned: bool, whole_run: tuple[Params, list[dict[str, Any]]], tmp_path: Path, mesh: Mesh

@@ -183,10 +183,10 @@ class _Run:
             prefills, unfinished, stop = processes.largest(
                 self._prefills(), self._unfinished(), termination.noted
             )
-            if not unfinished:
-                return
             if stop:
                 raise processes.Stopped("stopped; whole shards are kept; run again to go on")
+            if not unfinished:
+                return
             for _ in range(prefills):
                 self._admit()
             self._start(orders)
@@ -228,7 +228,9 @@ class _Run:
         some_run = (self._sample >= 0).any()
         if batch < min(self._pools, len(self._queue)) and some_run:
             return 0
-        return next(n for n in itertools.count() if np.minimum(free, n).sum() >= batch)
+        each = next(n for n in itertools.count() if np.minimum(free, n).sum() >= batch)
+        # Rows that more than one of a batch's devices have to spare can wait for the next.
+        return min(each, max(1, batch // self._pools)) if some_run else each
 
     def _split(self) -> None:
         """At the end of the queue let idle rows take half of what waits in others."""
