@@ -299,10 +299,20 @@ class _Module:
             elif x.opcode == "bitcast":
                 total += self._read_of(computation, x)
             elif x.opcode == "fusion":
-                total += self._read(x.called["calls"][0], place)
+                inner = x.called["calls"][0]
+                total += self._read(inner, place)
+                if self._passes(inner, place):
+                    total += self._read_of(computation, x)
             else:
                 return math.inf
         return total
+
+    def _passes(self, computation: str, parameter: int) -> bool:
+        """Is a fused computation's result a parameter, seen in another shape?"""
+        x = self._root(computation)
+        while x.opcode == "bitcast":
+            x = self._computations[computation][x.operands[0]]
+        return x.opcode == "parameter" and x.number == str(parameter)
 
     def _written(self, computation: str, type_: str) -> float:
         """Bytes a fused computation writes: of what it updates in place the update."""

@@ -193,6 +193,36 @@ ENTRY %main (cache.1: bf16[64,32,128], at.1: s32[4,1], new.1: bf16[4,32,128]) ->
     assert hlo.work(alone + fused).hbm == moved
 
 
+@pytest.mark.parametrize("taken", ["whole", "slice"])
+def test_what_a_fusion_within_a_fusion_sees_otherwise_is_read(taken: str) -> None:
+    """As a TPU reads a matrix where it multiplies: in a shape that an inner fusion gives it."""
+    use = {
+        "whole": "%big = f32[64,32,1] multiply(%same, %same)",
+        "slice": "%big = f32[2,32,1] slice(%same), slice={[0:2], [0:32], [0:1]}",
+    }[taken]
+    out = use.split()[2]
+    program = f"""HloModule jit_f, is_scheduled=true
+
+%seen (x: f32[64,32]) -> f32[64,32,1] {{
+  %x = f32[64,32]{{1,0}} parameter(0)
+  ROOT %b = f32[64,32,1]{{1,0,2}} bitcast(%x)
+}}
+
+%use (w: f32[64,32]) -> {out} {{
+  %w = f32[64,32]{{1,0}} parameter(0)
+  %same = f32[64,32,1]{{1,0,2}} fusion(%w), kind=kLoop, calls=%seen
+  ROOT {use}
+}}
+
+ENTRY %main (w.1: f32[64,32]) -> {out} {{
+  %w.1 = f32[64,32]{{1,0}} parameter(0)
+  ROOT %out = {out} fusion(%w.1), kind=kOutput, calls=%use
+}}
+"""
+    rows = {"whole": 64, "slice": 2}[taken]
+    assert hlo.work(program).hbm == 2 * rows * 32 * 4
+
+
 def test_what_is_made_to_be_updated_is_written_as_a_whole() -> None:
     program = """HloModule jit_f, is_scheduled=true
 
