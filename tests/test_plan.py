@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -583,3 +585,64 @@ def test_no_program_for_absent_devices_is_kept(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "values of" in done.stdout
     assert not list(tmp_path.rglob("jit_values*"))
+
+
+LAUNCH = REPOSITORY / "launch"
+PLANS = sorted((LAUNCH / "plans").glob("*.txt"))
+
+
+def quoted(path: Path) -> str:
+    """The row of launch/README.md's table that a plan, kept with its command, stands in."""
+    lines = path.read_text().splitlines()[2:]
+    slice_, *meshes = re.match(r"(\S+), .*?: (.*); .*?: (.*)", lines[0]).groups()
+    short = [" ".join(word for word in mesh.split() if not word.endswith("=1")) for mesh in meshes]
+    found = {row[0] + re.sub(r"[\d,]+", "#", row[1]): row for row in rows(lines)}
+    memory = max((row[2] for row in found.values()), key=lambda cell: float(cell.split()[0]))
+    assert memory.endswith(": fits")
+
+    def told(name: str) -> str:
+        at_best, limit, floor, mfu = found[name][6:10]
+        return f"{at_best} ms, {limit}, {floor}, {mfu}"
+
+    decode = "sample# steps of # slots"
+    slots = found[decode][1].removeprefix("16 steps of ")
+    hours = next(line for line in lines if line.startswith("Chip-hours"))
+    cells = [
+        f"[{path.name.split('-')[0].upper()}](plans/{path.name})",
+        slice_,
+        "; ".join(short),
+        memory.removesuffix(": fits"),
+        told("finetunestep of # tokens"),
+        f"{slots}: {told(decode)}",
+        told("scorevalues of # rows"),
+        *re.findall(r"[a-z] ([\d.,]*\d)", hours),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_readmes_table_is_what_the_command_said() -> None:
+    readme = (LAUNCH / "README.md").read_text()
+    whole = [path for path in PLANS if "--stages" not in path.read_text()]
+    table = re.findall(r"^\| \[.*\]\(plans/.*$", readme, re.MULTILINE)
+    assert sorted(table) == sorted(map(quoted, whole))
+    assert len(table) == 6
+    for path in PLANS:
+        assert f"(plans/{path.name})" in readme
+
+
+@WITH_LIBTPU
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_run_takes_the_meshes_of_the_readmes_table(path: Path) -> None:
+    """On the slice itself, whose hosts and shape may not suit a mesh."""
+    command, _, head, *_ = path.read_text().splitlines()
+    flags = dict(word[2:].partition("=")[::2] for word in command.split()[3:])
+    file, _, size = flags["config"].partition(":")
+    config = runpy.run_path(str(REPOSITORY / file))["get_config"](size)
+    for key, value in flags.items():
+        if key.startswith("config."):
+            config.update_from_flattened_dict({key.removeprefix("config."): int(value)})
+    sizes = [config.mesh[axis] for axis in sharding.AXES]
+    mesh = sharding.make_mesh(*sizes, devices=plan.slice_devices(flags["topology"]))
+    sampling = Programs(config, mesh).sampling_mesh
+    meshes = f"{plan._axes(mesh)}; mesh.sampling={config.mesh.sampling}: {plan._axes(sampling)}"
+    assert head == f"{flags['topology']}, {mesh.size} chips: {meshes}"
