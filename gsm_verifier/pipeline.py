@@ -38,7 +38,9 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
         were told different things.
     """
     told = {f"--config.{key}": value for key, value in leaves(config).items()}
-    told |= {"--stages": names, "commit": provenance.commit(), **provenance.versions()}
+    told |= {"--stages": names, **provenance.versions()}
+    if (commit := provenance.commit()) != provenance.UNKNOWN:
+        told["commit"] = commit
     processes.agree(told, folder)
     unknown = [name for name in names if name not in STAGES]
     if unknown:

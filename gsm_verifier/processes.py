@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from gsm_verifier import provenance, storage
+from gsm_verifier import storage
 
 COME_WITHIN = 300  # seconds, in which all processes must have started
 DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
@@ -78,7 +78,7 @@ def agree(told: Mapping[str, Any], folder: Path) -> None:
     """Refuse processes that were told different things, or for which a folder isn't the same.
 
     They would compute something else together, and say nothing, or wait for each other forever.
-    Before anything else they do together.
+    Before anything else they do together. What one of two wasn't told isn't compared.
 
     Raises:
       ValueError: on all of them, naming what differs and where.
@@ -93,9 +93,9 @@ def agree(told: Mapping[str, Any], folder: Path) -> None:
     padded = np.frombuffer(mine.ljust(size), np.uint8)
     everyones = [json.loads(x.tobytes()) for x in multihost_utils.process_allgather(padded)]
     for index, others in enumerate(everyones):
-        for key in sorted({*everyones[0], *others}):
-            ours, theirs = (x.get(key) for x in (everyones[0], others))
-            if ours != theirs and provenance.UNKNOWN not in (ours, theirs):
+        for key in sorted({*everyones[0]} & {*others}):
+            ours, theirs = (x[key] for x in (everyones[0], others))
+            if ours != theirs:
                 raise ValueError(
                     f"process {index} was started with {key}={theirs}, process 0 with {ours}: "
                     "start all of them with the same"
