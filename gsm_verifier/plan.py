@@ -438,7 +438,7 @@ def lines(
         else:
             devices = slice_devices(topology) if topology else jax.devices()
             sizes = [config.mesh[axis] for axis in sharding.AXES]
-            mesh, costs = _mesh(sizes, devices), {}
+            mesh, costs = sharding.make_mesh(*sizes, devices=devices), {}
         device = mesh.devices.flat[0]
         known, chip = _chip(device, at_hand=not topology)
         place = (
@@ -472,17 +472,6 @@ def lines(
         yield verdict
     else:
         yield f"{verdict} {_hint(config, known, stages)}"
-
-
-def _mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
-    try:
-        return sharding.make_mesh(*sizes, devices=devices)
-    except NotImplementedError as error:  # how JAX says it, of a slice with three dimensions
-        words = " ".join(f"{axis}={n}" for axis, n in zip(sharding.AXES, sizes, strict=True))
-        raise ValueError(
-            f"mesh {words}: the slice's own shape can't be cut so; make each size a product of "
-            "some of the slice's dimensions"
-        ) from error
 
 
 def _axes(mesh: Mesh) -> str:
@@ -553,7 +542,7 @@ def _smallest(
             bar.set_description(f"plan {kind}:{shape}, tensor={tensor}")
             config.mesh.sampling = given
             try:
-                mesh = _mesh((1, size // tensor, tensor), devices)
+                mesh = sharding.make_mesh(1, size // tensor, tensor, devices=devices)
             except ValueError:
                 continue
             costs = _fitting(config, mesh, chip, stages, bar, sampling=False)

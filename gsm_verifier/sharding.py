@@ -64,7 +64,8 @@ def make_mesh(
     """The mesh over all devices of all processes, or others; one of the sizes may be -1: the rest.
 
     Raises:
-      ValueError: the sizes don't multiply to the number of devices.
+      ValueError: the sizes don't multiply to the number of devices, or a TPU slice of three
+        dimensions can't be cut so.
     """
     count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
@@ -78,7 +79,14 @@ def make_mesh(
         )
     # Explicit axes, the default, are not understood by linen.
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError as error:
+        words = " ".join(f"{axis}={n}" for axis, n in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {words}: the slice's own shape can't be cut so; make each size a product of "
+            "some of the slice's dimensions"
+        ) from error
 
 
 def without_fsdp(mesh: Mesh, *sizes: int) -> Mesh:
