@@ -115,6 +115,16 @@ def agree(told: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def gather(mine: np.ndarray) -> list[np.ndarray]:
+    """Every process's int32 numbers, as many as each has."""
+    if jax.process_count() == 1:
+        return [mine]
+    (most,) = largest(len(mine))
+    padded = np.zeros(1 + most, np.int32)
+    padded[0], padded[1 : 1 + len(mine)] = len(mine), mine
+    return [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(padded)]
+
+
 def bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
     """The progress of the first process's part, of which so much was done before.
 

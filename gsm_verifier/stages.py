@@ -621,7 +621,9 @@ def _verifier_trees(run: Run, split: str) -> Sequence[Tree]:
             )
         return made
 
-    return Forest(len(places), grove)
+    share = run.share
+    own = range(len(places))[share.index :: share.count] if share.speaks else range(0)
+    return Forest(len(places), grove, own, processes.gather)
 
 
 def _raw(value: float, squash: str) -> float:

@@ -250,6 +250,14 @@ def test_a_forest_makes_the_rows_of_its_trees_and_keeps_few(monkeypatch) -> None
     assert len(made) > 7  # again, since not all were kept
     assert len(PackedRows(Forest(0, grove), 24, 1, 0)) == 0
 
+    sent: list[np.ndarray] = []  # by a process that measures the odd ones
+    Forest(7, grove, range(7)[1::2], lambda mine: sent.append(mine) or [mine])
+    made.clear()
+    shared = Forest(7, grove, range(7)[::2], lambda mine: [mine, *sent])
+    assert made == [0, 2, 4, 6]
+    np.testing.assert_array_equal(shared.lengths, forest.lengths)
+    assert [shared[i].question for i in range(len(eager))] == [tree.question for tree in eager]
+
 
 def test_batches_from_k_on_are_the_tail_of_all_batches() -> None:
     rows = PackedRows(documents(100), 24, 1.5, 0)

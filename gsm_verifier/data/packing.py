@@ -100,15 +100,26 @@ class Forest(Sequence[Tree]):
       lengths: of all trees.
     """
 
-    def __init__(self, groves: int, make: Callable[[int], list[Tree]]):
+    def __init__(
+        self,
+        groves: int,
+        make: Callable[[int], list[Tree]],
+        own: range | None = None,
+        gather: Callable[[np.ndarray], list[np.ndarray]] = lambda numbers: [numbers],
+    ):
         """
         Args:
           groves: how many. make: the trees of a grove, the same at every call.
+          own: of many processes, the groves that this one measures; all.
+          gather: every process's numbers, of this one's.
         """
         self._make = functools.lru_cache(KEPT_GROVES)(make)
-        lengths = [np.array([t.length for t in self._make(g)], np.int32) for g in range(groves)]
-        self._ends = np.cumsum([0, *map(len, lengths)])
-        self.lengths = np.concatenate([np.empty(0, np.int32), *lengths])
+        own = range(groves) if own is None else own
+        measured = [(g, tree.length) for g in own for tree in self._make(g)]
+        everyones = gather(np.array(measured, np.int32).ravel())
+        grove, lengths = np.concatenate(everyones).reshape(-1, 2).T
+        self._ends = np.cumsum([0, *np.bincount(grove, minlength=groves)])
+        self.lengths = lengths[np.argsort(grove, kind="stable")]
 
     def __len__(self) -> int:
         return len(self.lengths)
