@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.records import Completion
 from gsm_verifier.sample import decode
+from gsm_verifier.sample import engine as engine_module
 from gsm_verifier.sample.decode import Sampling
 from gsm_verifier.sample.engine import Engine, Request, _Run
 from gsm_verifier.text import calculator
@@ -743,6 +745,34 @@ def on_one_device(mesh, config, params, tokenizer, prompts, common) -> dict[floa
         temperature: on_mesh(temperature, mesh, config, params, tokenizer, prompts, common)
         for temperature in (0.0, 0.7)
     }
+
+
+def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
+    """Before and after a prefill and a chunk of steps."""
+    mesh = make_mesh(2, 2, 2)
+    model = config.with_(scan_layers=False)
+    sampling = Sampling(0.7, 0, 1.0, MAX_TOKENS, end=0, seed=0, chunk=8, patience=2)
+    pages = sampling.pages(mesh, 16)
+    with jax.set_mesh(mesh):
+        slots = decode.empty_slots(model, mesh, 8, 2, 16, pages)
+        initial = transformer.init(config, jax.random.key(0), mesh)
+        params = transformer.unstack(config, initial, cast=True)[1]
+        prefill, advance = engine_module.programs(model, mesh, sampling)
+        tokens = sharding.to_global(mesh, "BT", np.ones((4, 16), np.int32))
+        length, row = (sharding.to_global(mesh, "B", np.full(4, n, np.int32)) for n in (9, 1))
+        slots = prefill(params, slots, tokens, length, row)
+        orders = jax.tree.map(
+            lambda x: sharding.to_global(mesh, "PC" + "S" * (x.ndim - 2), x),
+            decode.no_orders(8, 2, pages.J),
+        )
+        grammar = jnp.zeros((model.vocab_size, engine_module.GRAMMAR), jnp.int32)
+        slots, _ = advance(params, slots, orders, grammar)
+    for cache in slots.caches:
+        for x in cache:  # P or U over data and fsdp, K over tensor
+            assert x.sharding.shard_shape(x.shape)[0] == x.shape[0] // 4
+            assert math.prod(x.sharding.shard_shape(x.shape)) == x.size // 8
+    assert slots.status_PC.sharding.shard_shape((8, 2)) == (2, 2)
+    np.testing.assert_array_equal(slots.prompt_length_P, [0, 8] * 4)  # one of each device's two
 
 
 def test_asked_to_end_it_stops_between_chunks(mesh, config, params, tokenizer, prompts) -> None:
