@@ -6,9 +6,9 @@ have another processor than who runs. Without a compiler, or if anything goes wr
 is what JAX makes of them, whose numbers are the same but for rounding.
 
 Why the sampler's attention is fast, by SmolLM2-135M with 400 slots of 128 tokens on two cores with
-AVX-512, where JAX's way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all that is
-kept and hides most), 1,150 tokens/s; a slot's key is written in place, where XLA's scatter and
-its copies took 48 of 340 ms a step; keys lie like values, position by position, so that a young
+AVX-512, where JAX's way made 790 tokens/s: only what a slot sees is read (XLA multiplies with all
+that is kept and hides most), 1,150 tokens/s; a slot's key is written in place, where XLA's scatter
+and its copies took 48 of 340 ms a step; keys lie like values, position by position, so that a young
 slot's are one piece (with positions last a step's calls took 76 ms of the processors, 52 so); and
 caches are kept in bfloat16, as the model computes, half the memory and bytes (94 and 75 ms). 1,435
 tokens/s in all. Lost: adding up the exponentials of the logits as a product with ones, 4 % faster,
@@ -19,9 +19,9 @@ for the text's mask, the largest, two sums of exponentials and the blocks of `in
 slots of 49,152 ids take 6 ms of the processors (AVX-512), in JAX 46.
 
 Why attention of whole rows is: 16 queries at a time look at the vectors of keys that one of them
-sees, where blocks of queries looked at all keys before their end. A layer of SmolLM2-135M on two rows of
-1,024 positions, problems of 190, takes 18 ms of the processors (AVX2) and 63 with its gradient, in
-JAX 134 and 334; and rows may be as long as they like.
+sees, where blocks of queries looked at all keys before their end. A layer of SmolLM2-135M on two
+rows of 1,024 positions, problems of 190, takes 18 ms of the processors (AVX2) and 63 with its
+gradient, in JAX 134 and 334; and rows may be as long as they like.
 """
 
 import ctypes
