@@ -70,7 +70,7 @@ def vllm(args: Namespace) -> Callable[[], dict[str, Any]]:
     # In this process, so that its memory is counted, and on the same cores as the others.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, range(args.threads)))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CACHE_GB))
     from vllm import LLM, SamplingParams
 
     ids, end = prompts(args)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from gsm_verifier import processes, provenance, records, storage
 from gsm_verifier.config import default, leaves, validate
-from gsm_verifier.stages import STAGES, Run, keys_read
+from gsm_verifier.stages import STAGES, Run, keys_read, refuse_unknown
 
 METHODS = {
     "greedy": "finetuning baseline, T=0",
@@ -37,14 +37,8 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
         made what is in the folder; a stage before the named ones that hasn't run; processes that
         were told different things.
     """
-    told = {f"--config.{key}": value for key, value in leaves(config).items()}
-    told |= {"--stages": names, **provenance.versions()}
-    if (commit := provenance.commit()) != provenance.UNKNOWN:
-        told["commit"] = commit
-    processes.agree(told, folder)
-    unknown = [name for name in names if name not in STAGES]
-    if unknown:
-        raise ValueError(f"no stage {unknown[0]!r}: use {', '.join(STAGES)}")
+    processes.agree(lambda: _told(config, names), folder)
+    refuse_unknown(names)
     validate(config)
     for stage in STAGES:
         _refuse_change(config, folder, stage)
@@ -67,6 +61,14 @@ def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
         _say(closing_table(json.loads((folder / "results.json").read_bytes())))
     if (folder / "report.html").exists():
         _say(f"report: {folder / 'report.html'}")
+
+
+def _told(config: ConfigDict, names: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for all processes, by the names it was given by."""
+    told = {f"--config.{key}": value for key, value in leaves(config).items()}
+    told |= {"--stages": names, **provenance.versions()}
+    commit = provenance.commit()
+    return told if commit == provenance.UNKNOWN else told | {"commit": commit}
 
 
 def _run_stage(run: Run, name: str) -> None:

@@ -33,7 +33,7 @@ from gsm_verifier.model import transformer
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Transformer
 from gsm_verifier.sample import decode, engine
-from gsm_verifier.stages import STAGES, Run, synthetic_sizes
+from gsm_verifier.stages import STAGES, Run, refuse_unknown, synthetic_sizes
 from gsm_verifier.train import loop
 from gsm_verifier.train.batch import Batch, verifier_trees
 from gsm_verifier.train.losses import Objective
@@ -421,9 +421,7 @@ def lines(
     Raises:
       ValueError: an unknown stage, a nonsensical config, topology or mesh, or no slice that fits.
     """
-    unknown = [name for name in stages if name not in STAGES]
-    if unknown:
-        raise ValueError(f"no stage {unknown[0]!r}: use {', '.join(STAGES)}")
+    refuse_unknown(stages)
     validate(config)
     config = copy.deepcopy(config)  # a search sets its word of `mesh.sampling`
     if topology:

@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from gsm_verifier import storage
 
 COME_WITHIN = 300  # seconds, in which all processes must have started
+SHARDS_KEPT = "stopped; whole shards are kept; run again to go on"  # while sampling and valuing
 DEAD_AFTER = 10  # seconds without a sign of a process's life, after which all others end
 
 
@@ -74,7 +75,7 @@ def largest(*numbers: int) -> list[int]:
     return multihost_utils.process_allgather(np.asarray(numbers, np.int32)).max(0).tolist()
 
 
-def agree(told: Mapping[str, Any], folder: Path) -> None:
+def agree(told: Callable[[], Mapping[str, Any]], folder: Path) -> None:
     """Refuse processes that were told different things, or for which a folder isn't the same.
 
     They would compute something else together, and say nothing, or wait for each other forever.
@@ -87,7 +88,7 @@ def agree(told: Mapping[str, Any], folder: Path) -> None:
         return
     if len(set(Counter(device.process_index for device in jax.devices()).values())) > 1:
         raise ValueError("processes with different numbers of devices: give all the same")
-    mine = json.dumps(told, sort_keys=True, default=str).encode()
+    mine = json.dumps(told(), sort_keys=True, default=str).encode()
     (size,) = largest(len(mine))
     padded = np.frombuffer(mine.ljust(size), np.uint8)
     everyones = [json.loads(x.tobytes()) for x in multihost_utils.process_allgather(padded)]

@@ -94,7 +94,7 @@ class Scorer:
             (most,) = processes.largest(-(-len(packed) // self._rows))
             for index, fields in enumerate(packed.batches(self._rows, at_least=most)):
                 if termination and termination.asked():
-                    raise processes.Stopped("stopped; whole shards are kept; run again to go on")
+                    raise processes.Stopped(processes.SHARDS_KEPT)
                 values_BT = self._values(self._params, loop.device_batch(self._mesh, fields, 1))
                 values = sharding.to_host(values_BT)
                 for b in range(self._rows):

@@ -158,6 +158,11 @@ def spec(letters: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that cut a dimension, by its part of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def named(mesh: Mesh, letters: Sequence[str | None]) -> NamedSharding:
     """Where on the mesh an array lives whose dimensions are named by letters."""
     return NamedSharding(mesh, spec(letters))
@@ -212,10 +217,9 @@ def local(
     mesh = jax.sharding.get_abstract_mesh()
     specs = tuple(spec(names) for names in letters)
     whole = mesh.empty or any(
-        size % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        size % math.prod(mesh.shape[axis] for axis in _axes(part))
         for x, cut in zip(arrays, specs, strict=True)
-        for size, axes in zip(x.shape, cut, strict=True)
-        if axes
+        for size, part in zip(x.shape, cut, strict=True)
     )
     if whole:
         return function(*arrays)
@@ -235,8 +239,8 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
     def one(path: Any, box: nn.LogicallyPartitioned) -> NamedSharding:
         sharding = named(mesh, box.names)
-        for size, letter, axes in zip(box.value.shape, box.names, sharding.spec, strict=True):
-            axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        for size, letter, part in zip(box.value.shape, box.names, sharding.spec, strict=True):
+            axes = _axes(part)
             parts = math.prod(mesh.shape[a] for a in axes)
             if size % parts:
                 raise ValueError(

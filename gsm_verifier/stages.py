@@ -681,7 +681,7 @@ def _score(run: Run, scorer: Callable[..., Iterable[list[np.ndarray]]]) -> None:
                 bar.set_postfix_str("", refresh=False)  # no longer compiling
                 bar.update()
         if termination.asked():
-            raise processes.Stopped("stopped; all shards are kept; run again to go on")
+            raise processes.Stopped(processes.SHARDS_KEPT)
 
 
 NUMERIC = {"greedy": "greedy", "random": "test"}  # methods scored as numbers too, and their splits
@@ -864,6 +864,13 @@ STAGES: dict[str, Stage] = {
     "rank": Stage(rank_, ("rank",), "labels/test labels/greedy results.json", alone=True),
     "report": Stage(report, ("report",), "report.html", alone=True),
 }
+
+
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that no stage has."""
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise ValueError(f"no stage {unknown[0]!r}: use {', '.join(STAGES)}")
 
 
 def keys_read(stage: str, config: ConfigDict) -> dict[str, Any]:

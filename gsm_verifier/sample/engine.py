@@ -184,7 +184,7 @@ class _Run:
                 self._prefills(), self._unfinished(), termination.noted
             )
             if stop:
-                raise processes.Stopped("stopped; whole shards are kept; run again to go on")
+                raise processes.Stopped(processes.SHARDS_KEPT)
             if not unfinished:
                 return
             for _ in range(prefills):
