@@ -285,10 +285,10 @@ class Branches:
     ) -> tuple[jax.Array, BranchCache]:
         """Attention that reads only what a slot sees, of each device's slots and heads."""
         window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
-        q, k, v = (x.astype(jnp.float32) for x in (q_BTKGH, k_BTKH, v_BTKH))
-        q *= look.scale or q.shape[-1] ** -0.5
+        q, k, v = (x.astype(cache.own_k_UZKWH.dtype) for x in (q_BTKGH, k_BTKH, v_BTKH))
+        scale = look.scale or q.shape[-1] ** -0.5
         slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
-        out, own_k, own_v = cpu_kernels.decode_attention(q, k, v, *cache, *slots, window)
+        out, own_k, own_v = cpu_kernels.decode_attention(q, k, v, *cache, *slots, window, scale)
         cache = cache._replace(own_k_UZKWH=own_k, own_v_UZKWH=own_v)
         return out.astype(q_BTKGH.dtype), cache
 

@@ -16,9 +16,15 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -39,6 +45,12 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Half __attribute__((vector_size(kLanes * sizeof(float) / 2)));
 typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+#if defined(__AVX512F__)
+constexpr Integers kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+constexpr Integers kLane = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 template <typename T>
 T Load(const float* from) { return *from; }
@@ -73,6 +85,83 @@ void Put(Bfloat16* to, float x) {  // rounded to the nearest, ties to even
   *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // or a NaN might become 0
 }
 
+// Two numbers that follow each other along the inner dimension of a product. Processors that have
+// instructions for bfloat16 multiply and add up both at once, in the time of one float.
+struct Pair {
+  Bfloat16 first, second;
+};
+struct Bits {  // of as many pairs as a vector has lanes
+  Vector of;
+};
+#ifdef __AVX512BF16__
+template <typename E>
+using Factor = std::conditional_t<std::is_same_v<E, Bfloat16>, Pair, float>;
+void MultiplyAdd(Vector& sum, Pair x, Bits column) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)column.of);
+}
+#else
+template <typename E>
+using Factor = float;
+#endif
+void MultiplyAdd(float& sum, Pair x, Pair column) {
+  sum += Load<float>(&x.first) * Load<float>(&column.first);
+  sum += Load<float>(&x.second) * Load<float>(&column.second);
+}
+template <typename T, typename X>
+void MultiplyAdd(T& sum, X x, T column) { sum += x * column; }
+
+template <typename T, typename E>
+T Column(const E* from) { return Load<T>(from); }
+template <typename T>
+auto Column(const Pair* from) {
+  if constexpr (std::is_same_v<T, float>)
+    return *from;
+  else
+    return Bits{Load<Vector>(reinterpret_cast<const float*>(from))};
+}
+
+Bfloat16 Narrowed(Bfloat16 x) { return x; }
+Bfloat16 Narrowed(float x) {
+  Bfloat16 narrow;
+  Put(&narrow, x);
+  return narrow;
+}
+
+// Numbers as factors of products, X: how many of the inner dimension one holds, and how they are
+// made of floats or of bfloat16.
+template <typename X>
+struct Factors {
+  static constexpr Size kPer = std::is_same_v<X, Pair> ? 2 : 1;
+
+  static Size Count(Size size) { return (size + kPer - 1) / kPer; }
+
+  // Where the inner dimension goes along the numbers.
+  template <typename From>
+  static void Along(const From* from, Size size, X* to) {
+    if constexpr (kPer == 1) {
+      for (Size i = 0; i < size; ++i) to[i] = Load<float>(from + i);
+    } else {
+      Bfloat16* const numbers = &to->first;
+      for (Size i = 0; i < size; ++i) numbers[i] = Narrowed(from[i]);
+      if (size % 2) numbers[size] = 0;
+    }
+  }
+
+  // Where it goes across rows of them; after the last there is none.
+  template <typename From>
+  static void Across(const From* from, const From* next, Size size, X* to) {
+    if constexpr (kPer == 1) {
+      for (Size i = 0; i < size; ++i) to[i] = Load<float>(from + i);
+    } else if (next) {
+      for (Size i = 0; i < size; ++i) to[i] = {Narrowed(from[i]), Narrowed(next[i])};
+    } else {
+      for (Size i = 0; i < size; ++i) to[i] = {Narrowed(from[i]), 0};
+    }
+  }
+};
+
 template <typename E>
 struct MatrixOf {
   E* data;
@@ -83,9 +172,49 @@ struct MatrixOf {
 };
 using Matrix = MatrixOf<float>;
 
+// Matrices that live as long as it does.
+template <typename E>
+struct Room {
+  std::vector<std::vector<E>> all;
+  MatrixOf<E> operator()(Size rows, Size stride) {
+    return {all.emplace_back(rows * stride).data(), stride};
+  }
+};
+
+// Of rows(i), so many of so many numbers, the factors across them, [count / kPer, size].
+template <typename X, typename Rows>
+MatrixOf<X> Across(Rows rows, Size count, Size size, MatrixOf<X> to) {
+  constexpr Size per = Factors<X>::kPer;
+  for (Size i = 0; i < count; i += per)
+    Factors<X>::Across(rows(i), i + 1 < count ? rows(i + 1) : nullptr, size, to.row(i / per));
+  return to;
+}
+
+// And along them, [count, size / kPer].
+template <typename X, typename Rows>
+MatrixOf<X> Along(Rows rows, Size count, Size size, MatrixOf<X> to) {
+  for (Size i = 0; i < count; ++i) Factors<X>::Along(rows(i), size, to.row(i));
+  return to;
+}
+
+// And these transposed, [size / kPer, count].
+template <typename X, typename Rows>
+MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
+  const Size factors = Factors<X>::Count(size);
+  std::vector<X> some(kLanes * factors);
+  for (Size from = 0; from < count; from += kLanes) {
+    const Size few = std::min(kLanes, count - from);
+    for (Size i = 0; i < few; ++i) Factors<X>::Along(rows(from + i), size, &some[i * factors]);
+    for (Size j = 0; j < factors; ++j)
+      for (Size i = 0; i < few; ++i) to.row(j)[from + i] = some[i * factors + j];
+  }
+  return to;
+}
+
+template <typename E>
 struct Transposed {  // the matrix whose columns are these rows
-  Matrix rows;
-  float& at(Size i, Size j) const { return rows.at(j, i); }
+  MatrixOf<E> rows;
+  E& at(Size i, Size j) const { return rows.at(j, i); }
   void skip(Size count) { rows.data += count; }
 };
 
@@ -98,8 +227,8 @@ void Tile(X x, MatrixOf<E> m, Matrix y, Size inner, bool add) {
     for (int v = 0; v < V; ++v) sum[r][v] = add ? Load<T>(y.row(r) + v * lanes) : T{};
   for (Size i = 0; i < inner; ++i)
     for (int v = 0; v < V; ++v) {
-      const T column = Load<T>(m.row(i) + v * lanes);
-      for (int r = 0; r < R; ++r) sum[r][v] += x.at(r, i) * column;
+      const auto column = Column<T>(m.row(i) + v * lanes);
+      for (int r = 0; r < R; ++r) MultiplyAdd(sum[r][v], x.at(r, i), column);
     }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) Store(y.row(r) + v * lanes, sum[r][v]);
@@ -124,42 +253,74 @@ void Multiply(X x, MatrixOf<E> m, Matrix y, Size rows, Size inner, Size columns,
   for (; j < columns; ++j) Columns<float, 1>(x, at(m), at(y), rows, inner, add);
 }
 
-float Sum(Vector x) {
-  Half a, b;
-  std::memcpy(&a, &x, sizeof(a));
-  std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof(a), sizeof(b));
-  a += b;
-  float sum = 0;
-  for (Size i = 0; i < kLanes / 2; ++i) sum += a[i];
-  return sum;
+// Lanes i and i ^ bit exchanged.
+Vector Exchange(Vector x, int bit) {
+#ifdef __clang__
+  Vector y;
+  for (int i = 0; i < kLanes; ++i) y[i] = x[i ^ bit];
+  return y;
+#else
+  return __builtin_shuffle(x, kLane ^ bit);
+#endif
 }
 
-// R rows of y = x m', of which each number is a product of rows.
+float Sum(Vector x) {
+  for (int bit = kLanes / 2; bit; bit /= 2) x += Exchange(x, bit);
+  return x[0];
+}
+
+// The sums of as many vectors as a vector has lanes, which they leave their place for: two become
+// one whose lanes with the bit are the second's, until there is one.
+Vector Sums(Vector* x) {
+  for (int bit = 1, count = kLanes / 2; count; bit *= 2, count /= 2)
+    for (int i = 0; i < count; ++i) {
+      const Vector a = x[2 * i], b = x[2 * i + 1];
+      x[i] = ((kLane & bit) != 0 ? b : a) + Exchange((kLane & bit) != 0 ? a : b, bit);
+    }
+  return x[0];
+}
+
+// R rows of y = x m', of which each number is a product of rows; up to a whole vector of them may be
+// written more.
 template <int R, typename E>
 void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner) {
-  for (Size j = 0; j < rows; ++j) {
-    const E* const row = m.row(j);
-    Vector sum[R]{};
-    Size i = 0;
-    for (; i + kLanes <= inner; i += kLanes) {
-      const Vector column = Load<Vector>(row + i);
-      for (int r = 0; r < R; ++r) sum[r] += Load<Vector>(x.row(r) + i) * column;
+  const Size whole = inner / kLanes * kLanes;
+  for (Size j = 0; j < rows; j += kLanes) {
+    const Size count = std::min(kLanes, rows - j);
+    Vector sums[R][kLanes]{};
+    for (Size i = 0; i < count; ++i) {
+      Vector sum[R]{};
+      for (Size h = 0; h < whole; h += kLanes) {
+        const Vector column = Load<Vector>(m.row(j + i) + h);
+        for (int r = 0; r < R; ++r) sum[r] += Load<Vector>(x.row(r) + h) * column;
+      }
+      for (int r = 0; r < R; ++r) sums[r][i] = sum[r];
     }
     for (int r = 0; r < R; ++r) {
-      float total = Sum(sum[r]);
-      for (Size rest = i; rest < inner; ++rest) total += x.row(r)[rest] * Load<float>(row + rest);
-      y.row(r)[j] = total;
+      Store(y.row(r) + j, Sums(sums[r]));
+      for (Size i = 0; i < count; ++i)
+        for (Size h = whole; h < inner; ++h)
+          y.at(r, j + i) += x.at(r, h) * Load<float>(m.row(j + i) + h);
     }
   }
 }
 
 template <typename E>
 void Dots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size columns, Size inner) {
-  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4))
-    RowDots<4>(x, m, y, columns, inner);
+  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) RowDots<4>(x, m, y, columns, inner);
   if (rows == 3) RowDots<3>(x, m, y, columns, inner);
   if (rows == 2) RowDots<2>(x, m, y, columns, inner);
   if (rows == 1) RowDots<1>(x, m, y, columns, inner);
+}
+
+template <typename E>
+float Dot(const E* a, const E* b, Size size) {
+  Vector sum{};
+  Size i = 0;
+  for (; i + kLanes <= size; i += kLanes) sum += Load<Vector>(a + i) * Load<Vector>(b + i);
+  float total = Sum(sum);
+  for (; i < size; ++i) total += Load<float>(a + i) * Load<float>(b + i);
+  return total;
 }
 
 // e to the x, for x <= 0, within two units in the last place: Cephes' polynomial. Below -87, where
@@ -206,19 +367,12 @@ void Hide(float* row, Size from, Size to) {
   if (from < to) std::fill(row + from, row + to, kHidden);
 }
 
-// The transpose of the first rows of x.
-template <typename E>
-void Transpose(MatrixOf<E> x, Size rows, Size columns, Matrix to) {
-  for (Size i = 0; i < rows; ++i)
-    for (Size j = 0; j < columns; ++j) to.at(j, i) = Load<float>(x.row(i) + j);
-}
-
 template <typename E>
 struct Decode {
   Size B, T, K, G, H, S, U, Z, W, J;
-  float *q_BTKGH, *k_BTKH, *v_BTKH;
-  E *prompt_k_BKSH, *prompt_v_BKSH, *own_k_UZKWH, *own_v_UZKWH;
-  float* out_BTKGH;
+  float scale;
+  const E *q_BTKGH, *k_BTKH, *v_BTKH, *prompt_k_BKSH, *prompt_v_BKSH;
+  E *own_k_UZKWH, *own_v_UZKWH, *out_BTKGH;
   const int32_t *length_B, *age_BT, *table_BTJ, *window;
 
   // Slot t of prompt b has all pages it needs up to its age; one that is done may have the age J * W.
@@ -235,6 +389,27 @@ struct Decode {
     return (((pool * Z + page) * K + k) * W + at % W) * H;
   }
 
+  // work(where its keys or values lie, how many, which of the slot's they are) of each page from a
+  // position to another.
+  template <typename Work>
+  void Pages(Size b, Size t, Size k, Size from, Size to, Work work) const {
+    for (Size at = from, end; at < to; at = end) {
+      end = std::min((at / W + 1) * W, to);
+      work(Place(b, t, k, at), end - at, at - from);
+    }
+  }
+
+  // Ask for what a slot will look at: it lies anywhere, and the processor would wait for it.
+  void Fetch(Size b, Size t, Size k, Size from, Size to) const {
+    constexpr Size line = 64 / sizeof(E);
+    Pages(b, t, k, from, to, [&](Size place, Size positions, Size) {
+      for (Size i = 0; i < positions * H; i += line) {
+        __builtin_prefetch(own_k_UZKWH + place + i, 0, 2);
+        __builtin_prefetch(own_v_UZKWH + place + i, 0, 2);
+      }
+    });
+  }
+
   // All slots of prompt b, for key/value head k.
   void operator()(Size b, Size k) const {
     std::vector<Size> slots;
@@ -242,22 +417,20 @@ struct Decode {
       if (Runs(b, t))
         slots.push_back(t);
       else
-        std::fill_n(out_BTKGH + ((b * T + t) * K + k) * G * H, G * H, 0.0f);
+        std::fill_n(out_BTKGH + ((b * T + t) * K + k) * G * H, G * H, E{});
     const Size count = slots.size(), rows = count * G;
     if (!count) return;
     const Size length = std::clamp<Size>(length_B[b], 0, S), prompt = Padded(length);
-    const Size longest = Padded(J * W);
-    std::vector<float> scratch(rows * H * 2 + (H + rows) * prompt + G * longest + rows);
-    const Matrix q{scratch.data(), H}, y{q.row(rows), H};
-    const Matrix k_HS{y.row(rows), prompt}, logits{k_HS.row(H), prompt};
-    const Matrix own{logits.row(rows), longest};
-    float* const total = own.row(G);
-    const MatrixOf<E> prompt_k{prompt_k_BKSH + (b * K + k) * S * H, H};
-    const MatrixOf<E> prompt_v{prompt_v_BKSH + (b * K + k) * S * H, H};
-
-    for (Size i = 0; i < count; ++i)
-      std::copy_n(q_BTKGH + ((b * T + slots[i]) * K + k) * G * H, G * H, q.row(i * G));
-    Transpose(prompt_k, length, H, k_HS);
+    const Size prompt_at = (b * K + k) * S * H;
+    Room<float> floats;
+    const Matrix y = floats(rows, H), logits = floats(rows, prompt);
+    const Matrix own = floats(G, Padded(J * W) + kLanes), total = floats(rows, 1);
+    const Matrix q = Along<float>(
+        [&](Size row) { return q_BTKGH + (((b * T + slots[row / G]) * K + k) * G + row % G) * H; },
+        rows, H, floats(rows, H));
+    const Matrix k_HS = Turned<float>([&](Size s) { return prompt_k_BKSH + prompt_at + s * H; },
+                                      length, H, floats(H, prompt));
+    for (Size i = 0; i < rows * H; ++i) q.data[i] *= scale;
     Multiply(q, k_HS, logits, rows, H, prompt, false);
 
     for (Size i = 0; i < count; ++i) {
@@ -265,19 +438,12 @@ struct Decode {
       const Size reach = *window ? *window : length + age + 1;
       const Size from = std::max<Size>(age + 1 - reach, 0), size = age + 1 - from;
       const Size place = Place(b, t, k, age);
-      for (Size h = 0; h < H; ++h) {
-        Put(own_k_UZKWH + place + h, k_BTKH[slot * H + h]);
-        Put(own_v_UZKWH + place + h, v_BTKH[slot * H + h]);
-      }
-      // work(its keys or values, how many, where they begin among the logits) of each page.
-      const auto pages = [&](E* own_UZKWH, auto work) {
-        for (Size at = from, end; at <= age; at = end) {
-          end = std::min((at / W + 1) * W, age + 1);
-          work(MatrixOf<E>{own_UZKWH + Place(b, t, k, at), H}, end - at, at - from);
-        }
-      };
-      pages(own_k_UZKWH, [&](MatrixOf<E> keys, Size positions, Size at) {
-        Dots(Matrix{q.row(i * G), H}, keys, Matrix{own.data + at, own.stride}, G, positions, H);
+      if (i + 1 < count) Fetch(b, slots[i + 1], k, 0, age_BT[b * T + slots[i + 1]] + 1);
+      std::copy_n(k_BTKH + slot * H, H, own_k_UZKWH + place);
+      std::copy_n(v_BTKH + slot * H, H, own_v_UZKWH + place);
+      Pages(b, t, k, from, age + 1, [&](Size keys, Size positions, Size at) {
+        Dots(Matrix{q.row(i * G), H}, MatrixOf<E>{own_k_UZKWH + keys, H},
+             Matrix{own.data + at, own.stride}, G, positions, H);
       });
       for (Size g = 0; g < G; ++g) {
         float* const shared = logits.row(i * G + g);
@@ -285,19 +451,20 @@ struct Decode {
         Hide(shared, length, prompt);
         Hide(own.row(g), size, Padded(size));
         const float top = Top(own.row(g), Padded(size), Top(shared, prompt, kHidden));
-        total[i * G + g] = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
+        *total.row(i * G + g) = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
       }
-      pages(own_v_UZKWH, [&](MatrixOf<E> values, Size positions, Size at) {
-        Multiply(Matrix{own.data + at, own.stride}, values, Matrix{y.row(i * G), H}, G, positions,
-                 H, at > 0);
+      Pages(b, t, k, from, age + 1, [&](Size values, Size positions, Size at) {
+        Multiply(Matrix{own.data + at, own.stride}, MatrixOf<E>{own_v_UZKWH + values, H},
+                 Matrix{y.row(i * G), H}, G, positions, H, at > 0);
       });
     }
 
-    Multiply(logits, prompt_v, y, rows, length, H, true);
+    Multiply(logits, MatrixOf<const E>{prompt_v_BKSH + prompt_at, H}, y, rows, length, H, true);
     for (Size i = 0; i < count; ++i)
       for (Size g = 0; g < G; ++g) {
-        float* const out = out_BTKGH + (((b * T + slots[i]) * K + k) * G + g) * H;
-        for (Size h = 0; h < H; ++h) out[h] = y.row(i * G + g)[h] / total[i * G + g];
+        E* const out = out_BTKGH + (((b * T + slots[i]) * K + k) * G + g) * H;
+        const float sum = *total.row(i * G + g);
+        for (Size h = 0; h < H; ++h) Put(out + h, y.row(i * G + g)[h] / sum);
       }
   }
 };
@@ -306,8 +473,12 @@ constexpr Size kQueries = 16;  // positions whose queries are worked on together
 
 // Rows of T positions that see what visible_BTS says. Their queries, keys, values, results, and of
 // all the gradients are [B, T, K, G or 1, H].
-template <typename E>
+//
+// Where factors are pairs, weights and their gradients are rounded to bfloat16 too.
+template <typename E, typename X>
 struct Whole {
+  static constexpr Size kPer = Factors<X>::kPer;
+
   Size B, T, K, G, H;
   float scale;
   const E *q_BTKGH, *k_BTKH, *v_BTKH;
@@ -319,12 +490,26 @@ struct Whole {
 
   Size Place(Size b, Size t, Size k) const { return (b * T + t) * K + k; }
 
-  // [T, H] of a row's head.
-  Matrix Read(const E* from_BTKH, Size b, Size k, float* to) const {
-    for (Size t = 0; t < T; ++t)
-      for (Size h = 0; h < H; ++h)
-        to[t * H + h] = Load<float>(from_BTKH + Place(b, t, k) * H + h);
-    return {to, H};
+  static Size Count(Size size) { return Factors<X>::Count(size); }
+
+  // A row's positions of one head.
+  auto Positions(const E* from_BTKH, Size b, Size k) const {
+    return [=](Size t) { return from_BTKH + Place(b, t, k) * H; };
+  }
+
+  // And its queries, or what is like them, from position t on.
+  auto Queries(const E* from_BTKGH, Size b, Size k, Size t) const {
+    return [=](Size row) { return from_BTKGH + (Place(b, t + row / G, k) * G + row % G) * H; };
+  }
+
+  // Of a tile, [rows, columns], the factors along and across its rows; of floats it is they.
+  static MatrixOf<X> TileAlong(Matrix tile, Size rows, Size columns, X* to) {
+    if constexpr (kPer == 1) return tile;
+    return Along<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, Count(columns)});
+  }
+  static MatrixOf<X> TileAcross(Matrix tile, Size rows, Size columns, X* to) {
+    if constexpr (kPer == 1) return tile;
+    return Across<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, columns});
   }
 
   void Write(Matrix from_TH, E* to_BTKH, Size b, Size k) const {
@@ -332,31 +517,15 @@ struct Whole {
       for (Size h = 0; h < H; ++h) Put(to_BTKH + Place(b, t, k) * H + h, from_TH.at(t, h));
   }
 
-  // Of positions from t on, [their number * G, H].
-  void ReadQueries(const E* from_BTKGH, Size b, Size k, Size t, Size count, float factor,
-                   Matrix to) const {
+  void WriteQueries(Matrix from, E* to_BTKGH, Size b, Size k, Size t, Size count) const {
     for (Size i = 0; i < count; ++i)
       for (Size at = 0; at < G * H; ++at)
-        to.row(i * G)[at] = factor * Load<float>(from_BTKGH + Place(b, t + i, k) * G * H + at);
-  }
-
-  void WriteQueries(Matrix from, float factor, E* to_BTKGH, Size b, Size k, Size t,
-                    Size count) const {
-    for (Size i = 0; i < count; ++i)
-      for (Size at = 0; at < G * H; ++at)
-        Put(to_BTKGH + Place(b, t + i, k) * G * H + at, factor * from.row(i * G)[at]);
+        Put(to_BTKGH + Place(b, t + i, k) * G * H + at, from.row(i * G)[at]);
   }
 
   // Between rows of [H, T]. Were it a power of two, all rows would compete for the same few lines of
   // the processor's cache.
   Size Stride() const { return Padded(T) + 16; }
-
-  // [H, T] of [T, H].
-  Matrix Turn(Matrix x_TH, float* to) const {
-    const Matrix x_HT{to, Stride()};
-    Transpose(x_TH, T, H, x_HT);
-    return x_HT;
-  }
 
   struct Run {
     Size from, size;  // of positions
@@ -374,7 +543,9 @@ struct Whole {
     runs.clear();
     Size columns = 0;
     for (Size s = 0; s < T; s += kLanes) {
-      if (std::none_of(&seen[s], &seen[s] + kLanes, [](char x) { return x; })) continue;
+      char some = 0;
+      for (Size i = 0; i < kLanes; ++i) some |= any[s + i];
+      if (!some) continue;
       if (runs.empty() || runs.back().from + runs.back().size != s) runs.push_back({s, 0, columns});
       runs.back().size += std::min(kLanes, T - s);
       columns += kLanes;
@@ -383,35 +554,43 @@ struct Whole {
   }
 
   // q k' of the runs, and where that isn't seen, what no weight comes of.
-  void Logits(Size b, Size t, Size count, const std::vector<Run>& runs, Matrix q, Matrix k_HT,
-              Matrix logits) const {
+  void Logits(Size b, Size t, Size count, const std::vector<Run>& runs, MatrixOf<X> q,
+              MatrixOf<X> k_HT, Matrix logits) const {
     for (const auto& [from, size, column] : runs) {
-      Multiply(q, Matrix{k_HT.data + from, k_HT.stride}, Matrix{logits.data + column, logits.stride},
-               count * G, H, Padded(size), false);
+      Multiply(q, MatrixOf<X>{k_HT.data + from, k_HT.stride},
+               Matrix{logits.data + column, logits.stride}, count * G, Count(H), Padded(size),
+               false);
       for (Size row = 0; row < count * G; ++row) {
         const bool* const visible = visible_BTS + (b * T + t + row / G) * T + from;
         float* const logit = logits.row(row) + column;
-        for (Size s = 0; s < size; ++s) logit[s] = visible[s] ? logit[s] : kHidden;
+        Size s = 0;
+        for (; s + kLanes <= size; s += kLanes) {
+          const Integers seen = __builtin_convertvector(*(const Bytes*)(visible + s), Integers);
+          Store(logit + s, seen ? scale * Load<Vector>(logit + s) : Vector{} + kHidden);
+        }
+        for (; s < size; ++s) logit[s] = visible[s] ? scale * logit[s] : kHidden;
         Hide(logit, size, Padded(size));
       }
     }
   }
 
-  // Row b, key/value head k.
-  void Forwards(Size b, Size k) const {
+  // Queries from `begin` to `end` of row b, key/value head k.
+  void Forwards(Size b, Size k, Size begin, Size end) const {
     const Size rows = kQueries * G, padded = Padded(T);
-    std::vector<float> scratch(H * (2 * T + Stride() + 2 * rows) + rows * padded);
-    const Matrix k_TH = Read(k_BTKH, b, k, scratch.data());
-    const Matrix v_TH = Read(v_BTKH, b, k, k_TH.row(T));
-    const Matrix k_HT = Turn(k_TH, v_TH.row(T));
-    const Matrix q{k_HT.row(H), H}, y{q.row(rows), H};
+    Room<float> floats;
+    Room<X> factors;
+    const MatrixOf<X> v_TH =
+        Across<X>(Positions(v_BTKH, b, k), T, H, factors(Count(padded), H));
+    const MatrixOf<X> k_HT = Turned<X>(Positions(k_BTKH, b, k), T, H, factors(Count(H), Stride()));
+    const MatrixOf<X> q = factors(rows, Count(H)), tile = factors(rows, Count(padded));
+    const Matrix y = floats(rows, H), all_logits = floats(rows, padded);
     std::vector<float> totals(rows);
     std::vector<Run> runs;
     std::vector<char> seen(padded);
-    for (Size t = 0; t < T; t += kQueries) {
-      const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
-      const Matrix logits{y.row(rows), columns};
-      ReadQueries(q_BTKGH, b, k, t, count, scale, q);
+    for (Size t = begin; t < end; t += kQueries) {
+      const Size count = std::min(kQueries, end - t), columns = Runs(b, t, count, runs, seen);
+      const Matrix logits{all_logits.data, columns};
+      Along<X>(Queries(q_BTKGH, b, k, t), count * G, H, q);
       Logits(b, t, count, runs, q, k_HT, logits);
       std::fill_n(y.data, count * G * H, 0.0f);
       for (Size row = 0; row < count * G; ++row) {
@@ -426,52 +605,70 @@ struct Whole {
         totals[row] = total;
         log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = log_total;
       }
+      const MatrixOf<X> weights = TileAlong(logits, count * G, columns, tile.data);
       for (const auto& [from, size, column] : runs)
-        Multiply(Matrix{logits.data + column, columns}, Matrix{v_TH.row(from), H}, y, count * G,
-                 size, H, true);
+        Multiply(MatrixOf<X>{weights.data + column / kPer, weights.stride},
+                 MatrixOf<X>{v_TH.row(from / kPer), H}, y, count * G, Count(size), H, true);
       for (Size row = 0; row < count * G; ++row)
         for (Size h = 0; h < H; ++h) y.at(row, h) /= totals[row];
-      WriteQueries(y, 1.0f, out_BTKGH, b, k, t, count);
+      WriteQueries(y, out_BTKGH, b, k, t, count);
     }
   }
 
-  // The same, back: the weights are computed anew.
+  // The same of all queries, back: the weights are computed anew.
   void Backwards(Size b, Size k) const {
     const Size rows = kQueries * G, padded = Padded(T);
-    std::vector<float> scratch(H * (4 * T + 2 * Stride() + 4 * rows) + 2 * rows * padded);
-    const Matrix k_TH = Read(k_BTKH, b, k, scratch.data());
-    const Matrix v_TH = Read(v_BTKH, b, k, k_TH.row(T));
-    const Matrix k_HT = Turn(k_TH, v_TH.row(T)), v_HT = Turn(v_TH, k_HT.row(H));
-    const Matrix d_k_TH{v_HT.row(H), H}, d_v_TH{d_k_TH.row(T), H};  // zero
-    const Matrix q{d_v_TH.row(T), H}, out{q.row(rows), H}, d_out{out.row(rows), H};
-    const Matrix d_q{d_out.row(rows), H};
+    Room<float> floats;
+    Room<X> factors;
+    const auto keys = Positions(k_BTKH, b, k), values = Positions(v_BTKH, b, k);
+    const MatrixOf<X> k_TH = Across<X>(keys, T, H, factors(Count(padded), H));
+    const MatrixOf<X> k_HT = Turned<X>(keys, T, H, factors(Count(H), Stride()));
+    const MatrixOf<X> v_HT = Turned<X>(values, T, H, factors(Count(H), Stride()));
+    const MatrixOf<X> q = factors(rows, Count(H)), d_out = factors(rows, Count(H));
+    const MatrixOf<X> q_across = factors(Count(rows), H), d_out_across = factors(Count(rows), H);
+    const auto tile = [&] { return factors(Count(rows), padded).data; };
+    X *const tile_along = tile(), *const tile_across = tile(), *const tile_weights = tile();
+    const Matrix d_k_TH = floats(T, H), d_v_TH = floats(T, H), d_q = floats(rows, H);
+    const Matrix all_weights = floats(rows, padded), all_d_logits = floats(rows, padded);
     std::vector<Run> runs;
     std::vector<char> seen(padded);
     for (Size t = 0; t < T; t += kQueries) {
       const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
-      const Matrix weights{d_q.row(rows), columns}, d_logits{weights.row(count * G), columns};
-      ReadQueries(q_BTKGH, b, k, t, count, scale, q);
-      ReadQueries(out_BTKGH, b, k, t, count, 1.0f, out);
-      ReadQueries(d_out_BTKGH, b, k, t, count, 1.0f, d_out);
+      const Size used = count * G;
+      const Matrix weights{all_weights.data, columns}, d_logits{all_d_logits.data, columns};
+      const auto queries = Queries(q_BTKGH, b, k, t), outs = Queries(out_BTKGH, b, k, t);
+      const auto d_outs = Queries(d_out_BTKGH, b, k, t);
+      Along<X>(queries, used, H, q);
+      Along<X>(d_outs, used, H, d_out);
+      Across<X>(queries, used, H, q_across);
+      Across<X>(d_outs, used, H, d_out_across);
       Logits(b, t, count, runs, q, k_HT, weights);
       for (const auto& [from, size, column] : runs)
-        Multiply(d_out, Matrix{v_HT.data + from, v_HT.stride}, Matrix{d_logits.data + column, columns},
-                 count * G, H, Padded(size), false);
-      for (Size row = 0; row < count * G; ++row) {
+        Multiply(d_out, MatrixOf<X>{v_HT.data + from, v_HT.stride},
+                 Matrix{d_logits.data + column, columns}, used, Count(H), Padded(size), false);
+      for (Size row = 0; row < used; ++row) {
         Weigh(weights.row(row), columns, log_total_BTKG[Place(b, t + row / G, k) * G + row % G]);
-        float mean = 0;  // of the weights' gradients, by the weights
-        for (Size h = 0; h < H; ++h) mean += out.at(row, h) * d_out.at(row, h);
-        for (Size s = 0; s < columns; ++s)
-          d_logits.at(row, s) = weights.at(row, s) * (d_logits.at(row, s) - mean);
+        const float mean = Dot(outs(row), d_outs(row), H);  // of the weights' gradients, by the weights
+        for (Size s = 0; s < columns; s += kLanes) {
+          float* const d_logit = d_logits.row(row) + s;
+          Store(d_logit, scale * Load<Vector>(weights.row(row) + s) * (Load<Vector>(d_logit) - mean));
+        }
       }
-      std::fill_n(d_q.data, count * G * H, 0.0f);
+      const MatrixOf<X> d_along = TileAlong(d_logits, used, columns, tile_along);
+      const MatrixOf<X> d_across = TileAcross(d_logits, used, columns, tile_across);
+      const MatrixOf<X> weights_across = TileAcross(weights, used, columns, tile_weights);
+      std::fill_n(d_q.data, used * H, 0.0f);
       for (const auto& [from, size, column] : runs) {
-        const Matrix d_run{d_logits.data + column, columns}, run{weights.data + column, columns};
-        Multiply(d_run, Matrix{k_TH.row(from), H}, d_q, count * G, size, H, true);
-        Multiply(Transposed{d_run}, q, Matrix{d_k_TH.row(from), H}, size, count * G, H, true);
-        Multiply(Transposed{run}, d_out, Matrix{d_v_TH.row(from), H}, size, count * G, H, true);
+        Multiply(MatrixOf<X>{d_along.data + column / kPer, d_along.stride},
+                 MatrixOf<X>{k_TH.row(from / kPer), H}, d_q, used, Count(size), H, true);
+        const auto add = [&](MatrixOf<X> tile, MatrixOf<X> factor, Matrix to) {
+          Multiply(Transposed<X>{{tile.data + column, columns}}, factor, Matrix{to.row(from), H},
+                   size, Count(used), H, true);
+        };
+        add(d_across, q_across, d_k_TH);
+        add(weights_across, d_out_across, d_v_TH);
       }
-      WriteQueries(d_q, scale, d_q_BTKGH, b, k, t, count);
+      WriteQueries(d_q, d_q_BTKGH, b, k, t, count);
     }
     Write(d_k_TH, d_k_BTKH, b, k);
     Write(d_v_TH, d_v_BTKH, b, k);
@@ -562,21 +759,30 @@ template <int rank>
 using Int32s = Of<ffi::S32, rank>;
 using Mask = Of<ffi::PRED, 3>;
 
+// work(a factor, by its type) of what is multiplied; pairs are of neighbours in a head.
+template <typename E, typename Work>
+void WithFactor(Size H, Work work) {
+  if (H % 2)
+    work(float{});
+  else
+    work(Factor<E>{});
+}
+
 template <ffi::DataType type>
-ffi::Error RunDecode(ffi::ThreadPool pool, Floats<5> q, Floats<4> k, Floats<4> v,
+ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
                      Of<type, 4> prompt_k, Of<type, 4> prompt_v, Of<type, 5> own_k,
                      Of<type, 5> own_v, Int32s<1> length, Int32s<2> age, Int32s<3> table,
                      Int32s<0> window,
-                     ffi::Result<Floats<5>> out, ffi::Result<Of<type, 5>> new_k,
-                     ffi::Result<Of<type, 5>> new_v, int64_t) {
+                     ffi::Result<Of<type, 5>> out, ffi::Result<Of<type, 5>> new_k,
+                     ffi::Result<Of<type, 5>> new_v, float scale, int64_t) {
   if (new_k->typed_data() != own_k.typed_data() || new_v->typed_data() != own_v.typed_data())
     return ffi::Error::Internal("the caches must be updated in place");
   const auto d = q.dimensions(), pages = own_k.dimensions();
   const Decode<ffi::NativeType<type>> step{
       d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], pages[0], pages[1],
-      pages[3], table.dimensions()[2],
+      pages[3], table.dimensions()[2], scale,
       q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
-      prompt_v.typed_data(), own_k.typed_data(), own_v.typed_data(), out->typed_data(),
+      prompt_v.typed_data(), new_k->typed_data(), new_v->typed_data(), out->typed_data(),
       length.typed_data(), age.typed_data(), table.typed_data(), window.typed_data()};
   Share(pool, step.B, step.K, step);
   return ffi::Error::Success();
@@ -586,9 +792,9 @@ template <ffi::DataType type>
 auto DecodeBinding() {
   return ffi::Ffi::Bind()
       .template Ctx<ffi::ThreadPool>()
-      .template Arg<Floats<5>>()    // q_BTKGH, scaled
-      .template Arg<Floats<4>>()    // k_BTKH
-      .template Arg<Floats<4>>()    // v_BTKH
+      .template Arg<Of<type, 5>>()  // q_BTKGH
+      .template Arg<Of<type, 4>>()  // k_BTKH
+      .template Arg<Of<type, 4>>()  // v_BTKH
       .template Arg<Of<type, 4>>()  // prompt_k_BKSH
       .template Arg<Of<type, 4>>()  // prompt_v_BKSH
       .template Arg<Of<type, 5>>()  // own_k_UZKWH
@@ -597,15 +803,16 @@ auto DecodeBinding() {
       .template Arg<Int32s<2>>()    // age_BT
       .template Arg<Int32s<3>>()    // table_BTJ
       .template Arg<Int32s<0>>()    // window, 0 for none
-      .template Ret<Floats<5>>()    // out_BTKGH
+      .template Ret<Of<type, 5>>()  // out_BTKGH
       .template Ret<Of<type, 5>>()  // own_k_UZKWH
       .template Ret<Of<type, 5>>()  // own_v_UZKWH
+      .template Attr<float>("scale")
       .template Attr<int64_t>("flops");
 }
 
-template <ffi::DataType type>
-Whole<ffi::NativeType<type>> Arguments(Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
-                                       Mask visible, float scale) {
+template <ffi::DataType type, typename X>
+Whole<ffi::NativeType<type>, X> Arguments(X, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
+                                          Mask visible, float scale) {
   const auto d = q.dimensions();
   return {d[0], d[1], d[2], d[3], d[4], scale, q.typed_data(), k.typed_data(), v.typed_data(),
           visible.typed_data()};
@@ -615,10 +822,20 @@ template <ffi::DataType type>
 ffi::Error RunForwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
                        Mask visible, ffi::Result<Of<type, 5>> out,
                        ffi::Result<Floats<4>> log_total, float scale, int64_t) {
-  auto rows = Arguments<type>(q, k, v, visible, scale);
-  rows.out_BTKGH = out->typed_data();
-  rows.log_total_BTKG = log_total->typed_data();
-  Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Forwards(b, k); });
+  WithFactor<ffi::NativeType<type>>(q.dimensions()[4], [&](auto factor) {
+    auto rows = Arguments<type>(factor, q, k, v, visible, scale);
+    rows.out_BTKGH = out->typed_data();
+    rows.log_total_BTKG = log_total->typed_data();
+    // Rows and heads, and where threads can't share them evenly, of each so many tiles of queries.
+    const Size threads = std::max<Size>(pool.num_threads(), 1);
+    const Size cuts = threads / std::gcd(threads, rows.B * rows.K);
+    const Size tiles = (rows.T + kQueries - 1) / kQueries;
+    const Size each = (tiles + cuts - 1) / cuts * kQueries;
+    Share(pool, rows.B * rows.K, cuts, [rows, each](Size bk, Size cut) {
+      rows.Forwards(bk / rows.K, bk % rows.K, std::min(rows.T, cut * each),
+                    std::min(rows.T, (cut + 1) * each));
+    });
+  });
   return ffi::Error::Success();
 }
 
@@ -627,14 +844,16 @@ ffi::Error RunBackwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<t
                         Mask visible, Of<type, 5> out, Floats<4> log_total, Of<type, 5> d_out,
                         ffi::Result<Of<type, 5>> d_q, ffi::Result<Of<type, 4>> d_k,
                         ffi::Result<Of<type, 4>> d_v, float scale, int64_t) {
-  auto rows = Arguments<type>(q, k, v, visible, scale);
-  rows.out_BTKGH = out.typed_data();
-  rows.log_total_BTKG = log_total.typed_data();
-  rows.d_out_BTKGH = d_out.typed_data();
-  rows.d_q_BTKGH = d_q->typed_data();
-  rows.d_k_BTKH = d_k->typed_data();
-  rows.d_v_BTKH = d_v->typed_data();
-  Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Backwards(b, k); });
+  WithFactor<ffi::NativeType<type>>(q.dimensions()[4], [&](auto factor) {
+    auto rows = Arguments<type>(factor, q, k, v, visible, scale);
+    rows.out_BTKGH = out.typed_data();
+    rows.log_total_BTKG = log_total.typed_data();
+    rows.d_out_BTKGH = d_out.typed_data();
+    rows.d_q_BTKGH = d_q->typed_data();
+    rows.d_k_BTKH = d_k->typed_data();
+    rows.d_v_BTKH = d_v->typed_data();
+    Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Backwards(b, k); });
+  });
   return ffi::Error::Success();
 }
 

@@ -153,16 +153,17 @@ def decode_attention(
     age_BT: jax.Array,
     table_BTJ: jax.Array,
     window: jax.Array,
+    scale: float,
 ) -> tuple[jax.Array, ...]:
     """What each slot, whose own positions are 0 to its age, sees in its prompt and its branch.
 
     Args:
-      q_BTKGH: scaled, float32.
-      k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet; float32.
-      prompt_k_BKSH and the others: of one of `DTYPES`, which holds the new ones without loss.
+      q_BTKGH: of one of `DTYPES`, as are all keys and values.
+      k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet.
       table_BTJ: a slot's pages, in the pool of its prompt, of which there are U for as many prompts
         each; without all pages up to its age, it is left out, and gets 0.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
+      scale: of the logits.
 
     Returns:
       That, [B, T, K, G, H], and the pages with the new keys and values, the same arrays.
@@ -186,6 +187,7 @@ def decode_attention(
         window,
         dtype=own_k_UZKWH.dtype,
         aliases={5: 1, 6: 2},
+        scale=np.float32(scale),
     )
 
 

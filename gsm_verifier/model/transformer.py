@@ -58,6 +58,10 @@ def _product(formula: str, narrow: bool, x: jax.Array, w: jax.Array) -> jax.Arra
     """
     narrow = narrow and sharding.platform() != "cpu"
     dtype = x.dtype if narrow else jnp.float32
+    # einsum sums over letters in the alphabet's order: were it not theirs in x, XLA:CPU would
+    # transpose x and w.
+    letters = dict.fromkeys(filter(str.isalpha, formula))
+    formula = formula.translate(dict(zip(map(ord, letters), "abcdefgh", strict=False)))
     return jnp.einsum(formula, x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
@@ -113,14 +117,17 @@ def turn(position_BT: jax.Array, theta: float, half: int, stretch: Any = 1.0) ->
     """The turn by frequencies that fall from 1 by powers of theta, all divided by `stretch`."""
     frequency_H = jnp.asarray(theta ** (-np.arange(half) / half) / stretch, jnp.float32)
 
-    def at(frequency: jax.Array) -> Turn:
-        angle = position_BT[..., None].astype(jnp.float32) * frequency
+    def at(position: jax.Array) -> Turn:
+        angle = position[..., None].astype(jnp.float32) * frequency_H
         return Turn(jnp.cos(angle), jnp.sin(angle))
 
     if sharding.platform() != "cpu":
-        return at(frequency_H)
-    # In a loop, or XLA:CPU computes them for every head of every layer anew.
-    return Turn(*(jnp.moveaxis(x[..., 0], 0, -1) for x in jax.lax.map(at, frequency_H)))
+        return at(position_BT)
+    # In a loop, of two halves, or XLA:CPU computes them for every head of every layer anew.
+    B, T = position_BT.shape
+    halves = jnp.pad(position_BT, ((0, 0), (0, T % 2))).reshape(B, 2, -1).swapaxes(0, 1)
+    both = jax.lax.map(at, halves)
+    return Turn(*(x.swapaxes(0, 1).reshape(B, -1, half)[:, :T] for x in both))
 
 
 def rotate(x_BTNH: jax.Array, turn: Turn) -> jax.Array:
@@ -129,7 +136,9 @@ def rotate(x_BTNH: jax.Array, turn: Turn) -> jax.Array:
     half = cos.shape[-1]
     a, b, rest = jnp.split(x_BTNH, (half, 2 * half), -1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    # Stacked, where XLA:CPU would choose between the two for each number of a concatenation.
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -2).astype(x_BTNH.dtype)
+    turned = turned.reshape(*x_BTNH.shape[:-1], 2 * half)
     return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 
@@ -229,8 +238,16 @@ class Mlp(nn.Module):
             )
             return constrain(_project("BTD,DF->BTF", x_BTD, w, bias), "BTF")
 
-        activation = ACTIVATIONS[c.mlp]
-        h_BTF = activation(widen("gate")) * widen("in") if c.gated else activation(widen("in"))
+        # In float32, as rounding each step takes XLA:CPU twice the time; kept for the gradient are
+        # only what it is computed from.
+        @jax.checkpoint
+        def activated(first: jax.Array, *second: jax.Array) -> jax.Array:
+            h_BTF = ACTIVATIONS[c.mlp](first.astype(jnp.float32))
+            for x in second:
+                h_BTF *= x
+            return h_BTF.astype(first.dtype)
+
+        h_BTF = activated(*(widen(name) for name in (("gate", "in") if c.gated else ("in",))))
         w_FD = self.param(
             "w_out_FD", _normal("FD", c.init_scale * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
         )
