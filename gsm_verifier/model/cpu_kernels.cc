@@ -6,6 +6,9 @@
 // `Whole` is rows of sequences that see themselves through a mask, forwards and backwards. `Draw`
 // draws a token of each slot's logits.
 //
+// Attention of whole rows in bfloat16 multiplies pairs of numbers where the processor can, which
+// rounds weights to bfloat16; its instruction takes subnormal numbers for 0.
+//
 // The letters are those of gsm_verifier/sharding.py. Vectors are the compilers' (GCC and Clang), so
 // that a tile of the product stays in registers; -ffast-math isn't needed, and would change the
 // process's rounding of small numbers.
@@ -42,13 +45,12 @@ constexpr Size kVectors = kLanes / 4;  // of a tile of 4 rows: half of the regis
 constexpr float kHidden = -1e30f;      // as in attention.py
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Half __attribute__((vector_size(kLanes * sizeof(float) / 2)));
 typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 #if defined(__AVX512F__)
-constexpr Integers kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr Integers kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #else
-constexpr Integers kLane = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr Integers kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
@@ -90,6 +92,7 @@ void Put(Bfloat16* to, float x) {  // rounded to the nearest, ties to even
 struct Pair {
   Bfloat16 first, second;
 };
+static_assert(sizeof(Pair) == 2 * sizeof(Bfloat16));
 struct Bits {  // of as many pairs as a vector has lanes
   Vector of;
 };
@@ -143,7 +146,7 @@ struct Factors {
     if constexpr (kPer == 1) {
       for (Size i = 0; i < size; ++i) to[i] = Load<float>(from + i);
     } else {
-      Bfloat16* const numbers = &to->first;
+      Bfloat16* const numbers = reinterpret_cast<Bfloat16*>(to);
       for (Size i = 0; i < size; ++i) numbers[i] = Narrowed(from[i]);
       if (size % 2) numbers[size] = 0;
     }
@@ -260,7 +263,7 @@ Vector Exchange(Vector x, int bit) {
   for (int i = 0; i < kLanes; ++i) y[i] = x[i ^ bit];
   return y;
 #else
-  return __builtin_shuffle(x, kLane ^ bit);
+  return __builtin_shuffle(x, kLaneNumbers ^ bit);
 #endif
 }
 
@@ -275,21 +278,22 @@ Vector Sums(Vector* x) {
   for (int bit = 1, count = kLanes / 2; count; bit *= 2, count /= 2)
     for (int i = 0; i < count; ++i) {
       const Vector a = x[2 * i], b = x[2 * i + 1];
-      x[i] = ((kLane & bit) != 0 ? b : a) + Exchange((kLane & bit) != 0 ? a : b, bit);
+      x[i] = ((kLaneNumbers & bit) != 0 ? b : a) + Exchange((kLaneNumbers & bit) != 0 ? a : b, bit);
     }
   return x[0];
 }
 
-// R rows of y = x m', of which each number is a product of rows; up to a whole vector of them may be
-// written more.
-template <int R, typename E>
-void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner) {
+// R rows of y = x m', of which each number is a product of rows. Whole vectors are written: up to
+// kLanes - 1 numbers past the last. before(j) is called before the product with row j of m.
+template <int R, typename E, typename Before>
+void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner, Before before) {
   const Size whole = inner / kLanes * kLanes;
   for (Size j = 0; j < rows; j += kLanes) {
     const Size count = std::min(kLanes, rows - j);
     Vector sums[R][kLanes]{};
     for (Size i = 0; i < count; ++i) {
       Vector sum[R]{};
+      before(j + i);
       for (Size h = 0; h < whole; h += kLanes) {
         const Vector column = Load<Vector>(m.row(j + i) + h);
         for (int r = 0; r < R; ++r) sum[r] += Load<Vector>(x.row(r) + h) * column;
@@ -305,12 +309,12 @@ void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner) {
   }
 }
 
-template <typename E>
-void Dots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size columns, Size inner) {
-  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) RowDots<4>(x, m, y, columns, inner);
-  if (rows == 3) RowDots<3>(x, m, y, columns, inner);
-  if (rows == 2) RowDots<2>(x, m, y, columns, inner);
-  if (rows == 1) RowDots<1>(x, m, y, columns, inner);
+template <typename E, typename Before>
+void Dots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size columns, Size inner, Before before) {
+  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) RowDots<4>(x, m, y, columns, inner, before);
+  if (rows == 3) RowDots<3>(x, m, y, columns, inner, before);
+  if (rows == 2) RowDots<2>(x, m, y, columns, inner, before);
+  if (rows == 1) RowDots<1>(x, m, y, columns, inner, before);
 }
 
 template <typename E>
@@ -358,9 +362,7 @@ float Weigh(float* row, Size size, float top) {
     Store(row + s, weight);
     sum += weight;
   }
-  float total = 0;
-  for (Size i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
+  return Sum(sum);
 }
 
 void Hide(float* row, Size from, Size to) {
@@ -399,15 +401,9 @@ struct Decode {
     }
   }
 
-  // Ask for what a slot will look at: it lies anywhere, and the processor would wait for it.
-  void Fetch(Size b, Size t, Size k, Size from, Size to) const {
-    constexpr Size line = 64 / sizeof(E);
-    Pages(b, t, k, from, to, [&](Size place, Size positions, Size) {
-      for (Size i = 0; i < positions * H; i += line) {
-        __builtin_prefetch(own_k_UZKWH + place + i, 0, 2);
-        __builtin_prefetch(own_v_UZKWH + place + i, 0, 2);
-      }
-    });
+  // The first of its own positions that slot t of prompt b sees.
+  Size First(Size b, Size t) const {
+    return *window ? std::max<Size>(age_BT[b * T + t] + 1 - *window, 0) : 0;
   }
 
   // All slots of prompt b, for key/value head k.
@@ -436,14 +432,24 @@ struct Decode {
     for (Size i = 0; i < count; ++i) {
       const Size t = slots[i], slot = (b * T + t) * K + k, age = age_BT[b * T + t];
       const Size reach = *window ? *window : length + age + 1;
-      const Size from = std::max<Size>(age + 1 - reach, 0), size = age + 1 - from;
+      const Size from = First(b, t), size = age + 1 - from;
       const Size place = Place(b, t, k, age);
-      if (i + 1 < count) Fetch(b, slots[i + 1], k, 0, age_BT[b * T + slots[i + 1]] + 1);
       std::copy_n(k_BTKH + slot * H, H, own_k_UZKWH + place);
       std::copy_n(v_BTKH + slot * H, H, own_v_UZKWH + place);
+      const Size next = slots[std::min(i + 1, count - 1)], next_age = age_BT[b * T + next];
       Pages(b, t, k, from, age + 1, [&](Size keys, Size positions, Size at) {
+        const Size theirs = Place(b, next, k, std::min(from + at, next_age));
+        // Ask for the next slot's meanwhile, a little at a time: they lie anywhere, and the processor
+        // would wait for them. What lies after them is nobody's harm.
+        const auto prefetch = [&](Size position) {
+          constexpr Size line = 64 / sizeof(E);
+          for (Size h = 0; h < H; h += line) {
+            __builtin_prefetch(own_k_UZKWH + theirs + position * H + h);
+            __builtin_prefetch(own_v_UZKWH + theirs + position * H + h);
+          }
+        };
         Dots(Matrix{q.row(i * G), H}, MatrixOf<E>{own_k_UZKWH + keys, H},
-             Matrix{own.data + at, own.stride}, G, positions, H);
+             Matrix{own.data + at, own.stride}, G, positions, H, prefetch);
       });
       for (Size g = 0; g < G; ++g) {
         float* const shared = logits.row(i * G + g);
@@ -574,21 +580,23 @@ struct Whole {
     }
   }
 
-  // Queries from `begin` to `end` of row b, key/value head k.
-  void Forwards(Size b, Size k, Size begin, Size end) const {
+  Size Tiles() const { return (T + kQueries - 1) / kQueries; }
+
+  // Of row b, key/value head k, every so manieth tile of queries from one on.
+  void Forwards(Size b, Size k, Size first, Size every) const {
     const Size rows = kQueries * G, padded = Padded(T);
     Room<float> floats;
     Room<X> factors;
     const MatrixOf<X> v_TH =
         Across<X>(Positions(v_BTKH, b, k), T, H, factors(Count(padded), H));
     const MatrixOf<X> k_HT = Turned<X>(Positions(k_BTKH, b, k), T, H, factors(Count(H), Stride()));
-    const MatrixOf<X> q = factors(rows, Count(H)), tile = factors(rows, Count(padded));
+    const MatrixOf<X> q = factors(rows, Count(H)), tile = factors(kPer == 1 ? 0 : rows, Count(padded));
     const Matrix y = floats(rows, H), all_logits = floats(rows, padded);
     std::vector<float> totals(rows);
     std::vector<Run> runs;
     std::vector<char> seen(padded);
-    for (Size t = begin; t < end; t += kQueries) {
-      const Size count = std::min(kQueries, end - t), columns = Runs(b, t, count, runs, seen);
+    for (Size t = first * kQueries; t < T; t += every * kQueries) {
+      const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
       const Matrix logits{all_logits.data, columns};
       Along<X>(Queries(q_BTKGH, b, k, t), count * G, H, q);
       Logits(b, t, count, runs, q, k_HT, logits);
@@ -626,7 +634,7 @@ struct Whole {
     const MatrixOf<X> v_HT = Turned<X>(values, T, H, factors(Count(H), Stride()));
     const MatrixOf<X> q = factors(rows, Count(H)), d_out = factors(rows, Count(H));
     const MatrixOf<X> q_across = factors(Count(rows), H), d_out_across = factors(Count(rows), H);
-    const auto tile = [&] { return factors(Count(rows), padded).data; };
+    const auto tile = [&] { return factors(kPer == 1 ? 0 : Count(rows), padded).data; };
     X *const tile_along = tile(), *const tile_across = tile(), *const tile_weights = tile();
     const Matrix d_k_TH = floats(T, H), d_v_TH = floats(T, H), d_q = floats(rows, H);
     const Matrix all_weights = floats(rows, padded), all_d_logits = floats(rows, padded);
@@ -658,12 +666,13 @@ struct Whole {
       const MatrixOf<X> d_across = TileAcross(d_logits, used, columns, tile_across);
       const MatrixOf<X> weights_across = TileAcross(weights, used, columns, tile_weights);
       std::fill_n(d_q.data, used * H, 0.0f);
-      for (const auto& [from, size, column] : runs) {
+      for (const Run& run : runs) {
+        const auto [from, size, column] = run;
         Multiply(MatrixOf<X>{d_along.data + column / kPer, d_along.stride},
                  MatrixOf<X>{k_TH.row(from / kPer), H}, d_q, used, Count(size), H, true);
-        const auto add = [&](MatrixOf<X> tile, MatrixOf<X> factor, Matrix to) {
-          Multiply(Transposed<X>{{tile.data + column, columns}}, factor, Matrix{to.row(from), H},
-                   size, Count(used), H, true);
+        const auto add = [&](MatrixOf<X> x, MatrixOf<X> factor, Matrix to) {
+          Multiply(Transposed<X>{{x.data + run.column, columns}}, factor,
+                   Matrix{to.row(run.from), H}, run.size, Count(used), H, true);
         };
         add(d_across, q_across, d_k_TH);
         add(weights_across, d_out_across, d_v_TH);
@@ -733,17 +742,18 @@ struct Draw {
   }
 };
 
-// work(b, k) of all. Whoever is free takes the next. The caller works too and waits for what is begun
+// work(i, j) of all, i < rows and j < columns. Whoever is free takes the next. The caller works too and waits for what is begun
 // only, not for helpers to come: it may itself occupy the thread they would need.
 template <typename Work>
-void Share(ffi::ThreadPool& pool, Size B, Size K, Work work) {
+void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
   struct Progress {
     std::atomic<Size> taken{0}, done{0};
   };
   const auto progress = std::make_shared<Progress>();
-  const Size parts = B * K;
-  const auto take = [work, progress, parts, K] {
-    for (Size part; (part = progress->taken++) < parts; ++progress->done) work(part / K, part % K);
+  const Size parts = rows * columns;
+  const auto take = [work, progress, parts, columns] {
+    for (Size part; (part = progress->taken++) < parts; ++progress->done)
+      work(part / columns, part % columns);
   };
   for (Size helper = 1; helper < std::min<Size>(pool.num_threads(), parts); ++helper)
     pool.Schedule([take] { take(); });
@@ -758,15 +768,6 @@ using Floats = Of<ffi::F32, rank>;
 template <int rank>
 using Int32s = Of<ffi::S32, rank>;
 using Mask = Of<ffi::PRED, 3>;
-
-// work(a factor, by its type) of what is multiplied; pairs are of neighbours in a head.
-template <typename E, typename Work>
-void WithFactor(Size H, Work work) {
-  if (H % 2)
-    work(float{});
-  else
-    work(Factor<E>{});
-}
 
 template <ffi::DataType type>
 ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
@@ -810,9 +811,11 @@ auto DecodeBinding() {
       .template Attr<int64_t>("flops");
 }
 
-template <ffi::DataType type, typename X>
-Whole<ffi::NativeType<type>, X> Arguments(X, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
-                                          Mask visible, float scale) {
+template <ffi::DataType type>
+using WholeOf = Whole<ffi::NativeType<type>, Factor<ffi::NativeType<type>>>;
+
+template <ffi::DataType type>
+WholeOf<type> Arguments(Of<type, 5> q, Of<type, 4> k, Of<type, 4> v, Mask visible, float scale) {
   const auto d = q.dimensions();
   return {d[0], d[1], d[2], d[3], d[4], scale, q.typed_data(), k.typed_data(), v.typed_data(),
           visible.typed_data()};
@@ -822,19 +825,16 @@ template <ffi::DataType type>
 ffi::Error RunForwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
                        Mask visible, ffi::Result<Of<type, 5>> out,
                        ffi::Result<Floats<4>> log_total, float scale, int64_t) {
-  WithFactor<ffi::NativeType<type>>(q.dimensions()[4], [&](auto factor) {
-    auto rows = Arguments<type>(factor, q, k, v, visible, scale);
-    rows.out_BTKGH = out->typed_data();
-    rows.log_total_BTKG = log_total->typed_data();
-    // Rows and heads, and where threads can't share them evenly, of each so many tiles of queries.
-    const Size threads = std::max<Size>(pool.num_threads(), 1);
-    const Size cuts = threads / std::gcd(threads, rows.B * rows.K);
-    const Size tiles = (rows.T + kQueries - 1) / kQueries;
-    const Size each = (tiles + cuts - 1) / cuts * kQueries;
-    Share(pool, rows.B * rows.K, cuts, [rows, each](Size bk, Size cut) {
-      rows.Forwards(bk / rows.K, bk % rows.K, std::min(rows.T, cut * each),
-                    std::min(rows.T, (cut + 1) * each));
-    });
+  auto rows = Arguments<type>(q, k, v, visible, scale);
+  rows.out_BTKGH = out->typed_data();
+  rows.log_total_BTKG = log_total->typed_data();
+  // A row's head is one part, or if threads can't share so few evenly, several parts of its tiles,
+  // though each must pack all keys and values. The gradients of these are sums over all queries.
+  const Size heads = rows.B * rows.K, threads = std::max<Size>(pool.num_threads(), 1);
+  const Size cuts = heads < 4 * threads ? threads / std::gcd(threads, heads) : 1;
+  const Size parts = std::min(cuts, rows.Tiles());
+  Share(pool, heads, parts, [rows, parts](Size head, Size part) {
+    rows.Forwards(head / rows.K, head % rows.K, part, parts);
   });
   return ffi::Error::Success();
 }
@@ -844,16 +844,14 @@ ffi::Error RunBackwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<t
                         Mask visible, Of<type, 5> out, Floats<4> log_total, Of<type, 5> d_out,
                         ffi::Result<Of<type, 5>> d_q, ffi::Result<Of<type, 4>> d_k,
                         ffi::Result<Of<type, 4>> d_v, float scale, int64_t) {
-  WithFactor<ffi::NativeType<type>>(q.dimensions()[4], [&](auto factor) {
-    auto rows = Arguments<type>(factor, q, k, v, visible, scale);
-    rows.out_BTKGH = out.typed_data();
-    rows.log_total_BTKG = log_total.typed_data();
-    rows.d_out_BTKGH = d_out.typed_data();
-    rows.d_q_BTKGH = d_q->typed_data();
-    rows.d_k_BTKH = d_k->typed_data();
-    rows.d_v_BTKH = d_v->typed_data();
-    Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Backwards(b, k); });
-  });
+  auto rows = Arguments<type>(q, k, v, visible, scale);
+  rows.out_BTKGH = out.typed_data();
+  rows.log_total_BTKG = log_total.typed_data();
+  rows.d_out_BTKGH = d_out.typed_data();
+  rows.d_q_BTKGH = d_q->typed_data();
+  rows.d_k_BTKH = d_k->typed_data();
+  rows.d_v_BTKH = d_v->typed_data();
+  Share(pool, rows.B, rows.K, [rows](Size b, Size k) { rows.Backwards(b, k); });
   return ffi::Error::Success();
 }
 

@@ -158,7 +158,7 @@ def decode_attention(
     """What each slot, whose own positions are 0 to its age, sees in its prompt and its branch.
 
     Args:
-      q_BTKGH: of one of `DTYPES`, as are all keys and values.
+      q_BTKGH: of one of `DTYPES`, which all keys and values, and the result, have too.
       k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet.
       table_BTJ: a slot's pages, in the pool of its prompt, of which there are U for as many prompts
         each; without all pages up to its age, it is left out, and gets 0.

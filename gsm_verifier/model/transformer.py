@@ -11,6 +11,7 @@ language model never predicts that token, so a generator is a verifier whose hea
 import functools
 import re
 from collections.abc import Callable, Sequence
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import jax
@@ -58,10 +59,10 @@ def _product(formula: str, narrow: bool, x: jax.Array, w: jax.Array) -> jax.Arra
     """
     narrow = narrow and sharding.platform() != "cpu"
     dtype = x.dtype if narrow else jnp.float32
-    # einsum sums over letters in the alphabet's order: were it not theirs in x, XLA:CPU would
-    # transpose x and w.
+    # einsum contracts letters in the order of the alphabet. Where that isn't theirs in x, XLA:CPU
+    # transposes x and w: they get names in the order of x.
     letters = dict.fromkeys(filter(str.isalpha, formula))
-    formula = formula.translate(dict(zip(map(ord, letters), "abcdefgh", strict=False)))
+    formula = formula.translate(str.maketrans(dict(zip(letters, ascii_lowercase, strict=False))))
     return jnp.einsum(formula, x, w.astype(x.dtype), preferred_element_type=dtype)
 
 
@@ -123,7 +124,8 @@ def turn(position_BT: jax.Array, theta: float, half: int, stretch: Any = 1.0) ->
 
     if sharding.platform() != "cpu":
         return at(position_BT)
-    # In a loop, of two halves, or XLA:CPU computes them for every head of every layer anew.
+    # In a loop, or XLA:CPU computes them for every head of every layer anew; of two halves, as it
+    # takes one of a single turn apart. An odd T gets a position more.
     B, T = position_BT.shape
     halves = jnp.pad(position_BT, ((0, 0), (0, T % 2))).reshape(B, 2, -1).swapaxes(0, 1)
     both = jax.lax.map(at, halves)
@@ -136,9 +138,11 @@ def rotate(x_BTNH: jax.Array, turn: Turn) -> jax.Array:
     half = cos.shape[-1]
     a, b, rest = jnp.split(x_BTNH, (half, 2 * half), -1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    # Stacked, where XLA:CPU would choose between the two for each number of a concatenation.
-    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -2).astype(x_BTNH.dtype)
-    turned = turned.reshape(*x_BTNH.shape[:-1], 2 * half)
+    both = [(a * cos - b * sin).astype(x_BTNH.dtype), (b * cos + a * sin).astype(x_BTNH.dtype)]
+    if sharding.platform() == "cpu":  # of a concatenation it would choose for each number
+        turned = jnp.stack(both, -2).reshape(*x_BTNH.shape[:-1], 2 * half)
+    else:
+        turned = jnp.concatenate(both, -1)
     return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 
@@ -222,6 +226,14 @@ class Attention(nn.Module):
         return constrain(_project("BTNH,NHD->BTD", out_BTNH, wo_NHD, bo_D), "BTD"), cache
 
 
+def _unrolled(config: ModelConfig) -> bool:
+    """Do the layers follow each other in the program, or is there a loop over them?"""
+    # XLA:CPU keeps what a loop's iterations leave for the backward pass in one array of all layers,
+    # and rewrites all of it in every iteration where it is bfloat16: 30 layers of SmolLM2-135M
+    # train at 1.8 times the speed when the loop is unrolled.
+    return not config.scan_layers or sharding.platform() == "cpu"
+
+
 class Mlp(nn.Module):
     """The feed-forward sublayer, gated or not."""
 
@@ -238,9 +250,9 @@ class Mlp(nn.Module):
             )
             return constrain(_project("BTD,DF->BTF", x_BTD, w, bias), "BTF")
 
-        # In float32, as rounding each step takes XLA:CPU twice the time; kept for the gradient are
-        # only what it is computed from.
-        @jax.checkpoint
+        # In float32: XLA:CPU takes twice the time to round each step. For the gradient only what it
+        # is computed from is kept, in the narrow dtype.
+        @functools.partial(jax.checkpoint, prevent_cse=_unrolled(c))
         def activated(first: jax.Array, *second: jax.Array) -> jax.Array:
             h_BTF = ACTIVATIONS[c.mlp](first.astype(jnp.float32))
             for x in second:
@@ -347,10 +359,7 @@ class Transformer(nn.Module):
             self.position_TD = self.param(
                 "position_TD", _normal("TD", c.init_scale), (c.max_length, c.width)
             )
-        # XLA:CPU keeps what a loop's iterations leave for the backward pass in one array of all
-        # layers, and rewrites all of it in every iteration where it is bfloat16: 30 layers of
-        # SmolLM2-135M train at 1.8 times the speed when the loop is unrolled.
-        unrolled = not c.scan_layers or sharding.platform() == "cpu"
+        unrolled = _unrolled(c)
         block = nn.remat(Block, prevent_cse=unrolled) if c.remat else Block
         if c.scan_layers:
             self.layers = nn.scan(
