@@ -102,7 +102,8 @@ def test_the_kernel_is_the_attention_in_jax(K: int, G: int, H: int, S: int, W: i
     np.testing.assert_allclose(kernel, pages, atol=1e-5)
     assert np.abs(pages).max() < 10  # nothing hidden was seen
     narrow, _ = both(arrays, "bfloat16")
-    np.testing.assert_allclose(narrow, kernel, rtol=2**-8, atol=1e-6)  # rounded, else the same
+    # The same numbers, rounded at the end.
+    np.testing.assert_array_equal(narrow, np.asarray(jnp.bfloat16(kernel), np.float32))
 
 
 @needs_compiler
@@ -188,7 +189,10 @@ def whole(*arrays: Any, scale: float) -> jax.Array:
 @needs_compiler
 @pytest.mark.parametrize(
     ("B", "T", "K", "G", "H"),
-    [(2, 200, 2, 3, 32), (1, 1, 1, 1, 8), (3, 16, 1, 4, 64), (2, 77, 3, 1, 20), (1, 129, 2, 2, 7)],
+    [
+        *[(2, 200, 2, 3, 32), (1, 1, 1, 1, 8), (3, 16, 1, 4, 64), (2, 77, 3, 1, 20)],
+        *[(1, 129, 2, 2, 8), (1, 129, 2, 2, 7)],
+    ],
     ids=str,
 )
 def test_rows_forwards_and_backwards_are_those_in_jax(

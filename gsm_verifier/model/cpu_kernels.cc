@@ -156,7 +156,7 @@ struct Factors {
   template <typename From>
   static void Across(const From* from, const From* next, Size size, X* to) {
     if constexpr (kPer == 1) {
-      for (Size i = 0; i < size; ++i) to[i] = Load<float>(from + i);
+      Along(from, size, to);
     } else if (next) {
       for (Size i = 0; i < size; ++i) to[i] = {Narrowed(from[i]), Narrowed(next[i])};
     } else {
@@ -667,9 +667,8 @@ struct Whole {
       const MatrixOf<X> weights_across = TileAcross(weights, used, columns, tile_weights);
       std::fill_n(d_q.data, used * H, 0.0f);
       for (const Run& run : runs) {
-        const auto [from, size, column] = run;
-        Multiply(MatrixOf<X>{d_along.data + column / kPer, d_along.stride},
-                 MatrixOf<X>{k_TH.row(from / kPer), H}, d_q, used, Count(size), H, true);
+        Multiply(MatrixOf<X>{d_along.data + run.column / kPer, d_along.stride},
+                 MatrixOf<X>{k_TH.row(run.from / kPer), H}, d_q, used, Count(run.size), H, true);
         const auto add = [&](MatrixOf<X> x, MatrixOf<X> factor, Matrix to) {
           Multiply(Transposed<X>{{x.data + run.column, columns}}, factor,
                    Matrix{to.row(run.from), H}, run.size, Count(used), H, true);
@@ -742,8 +741,9 @@ struct Draw {
   }
 };
 
-// work(i, j) of all, i < rows and j < columns. Whoever is free takes the next. The caller works too and waits for what is begun
-// only, not for helpers to come: it may itself occupy the thread they would need.
+// work(i, j) of all, i < rows and j < columns. Whoever is free takes the next. The caller works too
+// and waits for what is begun only, not for helpers to come: it may itself occupy the thread they
+// would need.
 template <typename Work>
 void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
   struct Progress {

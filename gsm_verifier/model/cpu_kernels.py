@@ -26,10 +26,11 @@ sees, where blocks of queries looked at all keys before their end. A layer of Sm
 rows of 1,024 positions, problems of 190, takes 18 ms of the processors (AVX2) and 63 with its
 gradient, in JAX 134 and 334; and rows may be as long as they like. Processors with instructions for
 bfloat16 multiply pairs of numbers, and weights are rounded to it, as accelerators do: with AVX-512
-such a layer takes 6.2 ms and 20 with its gradient, 9.5 and 31 by floats. Half of that gain is of
-loops GCC makes no vectors of unless told: masks, rounding in pairs, transposes. One row's heads are
-too few for two threads to share evenly: queries are cut then, which took scoring's attention, a row
-of 3,328 positions, from 18.6 to 13.6 ms, and all this to 9.8.
+such a layer takes 6.2 ms and 20 with its gradient, 9.5 and 31 by floats before. By the clock pairs
+alone took that with its gradient from 16.2 ms to 13.2, and to 10.5 that loops became vectors which
+GCC makes none of unless told: masks, rounding in pairs, transposes. One row's heads are too few for
+two threads to share evenly: queries are cut then. That and pairs took scoring's attention, a row of
+3,328 positions, from 18.6 to 13.6 ms, the loops to 9.8.
 """
 
 import ctypes
