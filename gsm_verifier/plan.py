@@ -90,7 +90,6 @@ class Program:
       mesh: of the devices it is compiled for. steps: of a loop that only its data end.
       moves: bytes a device reads and writes at least, however the program is compiled.
       loads: bytes a device holds while its parameters are loaded, before it runs.
-      beside: bytes a device holds beside what the program is given and makes.
     """
 
     what: str
@@ -103,7 +102,6 @@ class Program:
     steps: int = 1
     moves: float = 0.0
     loads: float = 0.0
-    beside: float = 0.0
 
     def floor(self, chip: Chip) -> float:
         """Seconds it takes at least: to compute what is useful, or to move what must be moved."""
@@ -115,8 +113,8 @@ class Cost:
     """One run of a compiled program, on each of the devices.
 
     Attributes:
-      memory: bytes it needs, with its arguments and what lies beside, or to load these if that is
-        more. work: None where the compiler found no room; it needs at least so much.
+      memory: bytes it needs, with its arguments, or to load these if that is more.
+      work: None where the compiler found no room; it needs at least so much.
     """
 
     memory: float
@@ -180,10 +178,10 @@ def compile_(program: Program) -> Cost:
             if not found:
                 raise
             size, unit = (part for part in found.groups() if part)
-            return Cost(float(size) * 1024 ** " KMGT".index(unit) + program.beside, None)
+            return Cost(float(size) * 1024 ** " KMGT".index(unit), None)
     m = compiled.memory_analysis()
     memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    memory += m.temp_size_in_bytes + m.generated_code_size_in_bytes + program.beside
+    memory += m.temp_size_in_bytes + m.generated_code_size_in_bytes
     return Cost(max(memory, program.loads), hlo.work(compiled.as_text(), program.steps))
 
 
@@ -261,7 +259,6 @@ class Programs:
             useful=6 * tokens * _with_logits(model),
             mesh=self._mesh,
             moves=2 * 3 * 4 * held,  # Adam's moments too
-            beside=4 * held,  # the parameters that `loop.fit` was given, which it copies
         )
 
     def sample(self) -> tuple[Program, Program]:
@@ -505,8 +502,8 @@ def _sizes_of(config: ConfigDict, kind: str, stages: Sequence[str]) -> Iterator[
     """A kind's slices, and their chips, that hold at least what stays of a model in training."""
     chip, model = CHIPS[kind], model_of(config, "tpu")
     trains = any(name in config and config[name].get("epochs") for name in _sections(stages))
-    # Those it started from, its own, Adam's moments and the gradient; or cast ones to sample with.
-    state = (5 * 4 if trains else np.dtype(model.dtype).itemsize) * _with_logits(model)
+    # Adam's moments and the gradient too; or cast ones to sample with.
+    state = (4 * 4 if trains else np.dtype(model.dtype).itemsize) * _with_logits(model)
     for shape in chip.slices.split():
         size = math.prod(map(int, shape.split("x")))
         if state / size <= chip.memory:

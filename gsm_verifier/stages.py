@@ -322,12 +322,12 @@ def _fit(
     *,
     stage: str,
     model: ModelConfig,
-    params: Params,
+    initial: Callable[[], Params],
     trees: Sequence[Tree],
     held_out: Sequence[Tree],
     objective: Objective | None = None,
 ) -> None:
-    """Train a model of the run and save it; 0 epochs save what training would start from.
+    """Train a model of the run from its initial parameters and save it; 0 epochs save those.
 
     One that is saved is left alone: its stage trains another one too, and was cut in that.
     """
@@ -337,12 +337,12 @@ def _fit(
     if saved:
         return
     if not run.config[stage].epochs:
-        _save(run, name, model, params)
+        _save(run, name, model, initial())
         return
     log = metrics.Metrics(run.folder / "metrics", name, enabled=processes.first())
     params = loop.fit(
         model=model,
-        params=params,
+        initial=initial,
         trees=trees,
         held_out=held_out,
         options=run.config[stage],
@@ -365,10 +365,12 @@ def _save(run: Run, name: str, model: ModelConfig, params: Params) -> None:
 
 def pretrain(run: Run) -> None:
     """The language model finetuning starts from; with dropout, section 4.3's extra pretraining."""
-    if run.start:
-        params = hf.load(run.start, run.mesh)[1]
-    else:
-        params = transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
+
+    def initial() -> Params:
+        if run.start:
+            return hf.load(run.start, run.mesh)[1]
+        return transformer.init(run.model, jax.random.key(run.config.seed), run.mesh)
+
     trees = list(_document_trees(run)) if run.config.pretrain.epochs else []
     aside = max(1, len(trees) // 100)
     _fit(
@@ -376,7 +378,7 @@ def pretrain(run: Run) -> None:
         "pretrained",
         stage="pretrain",
         model=run.model,
-        params=params,
+        initial=initial,
         trees=trees[aside:],
         held_out=trees[:aside],
     )
@@ -403,7 +405,7 @@ def finetune(run: Run) -> None:
                 name,
                 stage=stage,
                 model=run.model,
-                params=run.params("pretrained"),
+                initial=functools.partial(run.params, "pretrained"),
                 trees=trees,
                 held_out=held_out,
             )
@@ -579,15 +581,18 @@ def verify(run: Run) -> None:
     """Train the verifier on labelled completions (section 4.2)."""
     options = run.config.verify
     judge = run.judge
-    initial = _raw(options.initial_value, options.squash)
-    params = transformer.neutral_head(judge.model, judge.params(options.init), initial)
+
+    def initial() -> Params:
+        value = _raw(options.initial_value, options.squash)
+        return transformer.neutral_head(judge.model, judge.params(options.init), value)
+
     objective = Objective(options.loss, options.squash)
     _fit(
         run,
         "verifier",
         stage="verify",
         model=judge.model,
-        params=params,
+        initial=initial,
         trees=_verifier_trees(run, "train"),
         held_out=_verifier_trees(run, "heldout"),
         objective=objective,

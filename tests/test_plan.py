@@ -270,9 +270,6 @@ def test_every_program_does_what_was_counted_by_hand(word: str, mesh: Mesh) -> N
     assert step.work.flops == pytest.approx(by_hand, rel=0.001)
     parameters = 4 * (programs.score().useful / (2 * B * T) + WIDTH * (V + 1024))
     assert 4 * parameters < step.memory < 13 * parameters  # and moments, gradients, activations
-    plain = dataclasses.replace(programs.train("finetune"), beside=0)
-    weights = sum(x.size for x in jax.tree.leaves(transformer.shapes(programs._model)))
-    assert step.memory - plan.compile_(plain).memory == 4 * weights  # those it started from
 
     prefill, decoded = (plan.compile_(p) for p in programs.sample())
     slots, S, W = 2 * 4, 224, 16

@@ -754,7 +754,7 @@ def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
     sampling = Sampling(0.7, 0, 1.0, MAX_TOKENS, end=0, seed=0, chunk=8, patience=2)
     pages = sampling.pages(mesh, 16)
     with jax.set_mesh(mesh):
-        slots = decode.empty_slots(model, mesh, 8, 2, 16, pages)
+        slots = decode.empty_slots(decode.slot_shapes(model, mesh, 8, 2, 16, pages))
         initial = transformer.init(config, jax.random.key(0), mesh)
         params = transformer.unstack(config, initial, cast=True)[1]
         prefill, advance = engine_module.programs(model, mesh, sampling)

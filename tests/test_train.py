@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -550,8 +550,20 @@ class Interrupted(Metrics):
         super().write(step, row)
 
 
+def small_params() -> Params:
+    config = make_config()
+    return transformer.neutral_head(
+        config, jax.tree.map(lambda x: x / 10, make_params(config)), 0.5
+    )
+
+
 def fit(
-    folder: Path, mesh: Mesh, last: int | None = None, warned: bool = False, **changes: Any
+    folder: Path,
+    mesh: Mesh,
+    last: int | None = None,
+    warned: bool = False,
+    initial: Callable[[], Params] = small_params,
+    **changes: Any,
 ) -> tuple[Params, list[dict[str, Any]]]:
     """Steps of two microbatches with dropout, on trees of both losses: (parameters, metrics)."""
     options = config_module.training(
@@ -571,7 +583,7 @@ def fit(
     try:
         params = loop.fit(
             model=config,
-            params=small_params(config),
+            initial=initial,
             trees=memorisable(),
             held_out=judged(some_problems()),
             options=options,
@@ -585,13 +597,6 @@ def fit(
     finally:
         log.close()
     return params, metrics.read(log.path)
-
-
-@functools.cache
-def small_params(config: ModelConfig) -> Params:
-    return transformer.neutral_head(
-        config, jax.tree.map(lambda x: x / 10, make_params(config)), 0.5
-    )
 
 
 def memorisable() -> list[Tree]:
@@ -642,13 +647,14 @@ def test_held_out_losses_are_means_over_all_weights(
     assert rows[-1]["heldout_value_loss"] == pytest.approx(float(means["value"]), rel=1e-5)
 
 
-def test_fit_leaves_its_callers_parameters_alone(
-    whole_run: tuple[Params, list[dict[str, Any]]],
+def test_a_run_moves_and_takes_the_memory_of_what_it_started_from(
+    whole_run: tuple[Params, list[dict[str, Any]]], tmp_path: Path, mesh: Mesh
 ) -> None:
-    before = small_params(make_config())
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(before))  # not donated
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, whole_run[0])
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), small_params(), whole_run[0])
     assert optax.tree.norm(moved) > 0.1
+    start = jax.tree.map(jnp.copy, small_params())
+    fit(tmp_path, mesh, initial=lambda: start, epochs=1.0)
+    assert all(x.is_deleted() for x in jax.tree.leaves(start))
 
 
 def test_a_signal_after_the_last_look_ends_the_process_as_it_leaves() -> None:
@@ -687,7 +693,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     rows = metrics.read(tmp_path / "finetune.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9 + warned))
     assert checkpoint.Checkpoints(tmp_path / "training").latest == (9 if warned else 6)
-    params, rows = fit(tmp_path, mesh)
+    params, rows = fit(tmp_path, mesh, initial=pytest.fail)  # not called
     expected_params, expected_rows = whole_run
     jax.tree.map(np.testing.assert_array_equal, params, expected_params)
 
@@ -713,10 +719,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, mesh: Mesh) -> 
 def test_no_held_out_trees_and_no_epochs_are_fine(tmp_path: Path, mesh: Mesh) -> None:
     config = make_config()
     log = Metrics(tmp_path, "pretrain")
-    before = small_params(config)
+    before = small_params()
     after = loop.fit(
         model=config,
-        params=before,
+        initial=lambda: before,
         trees=memorisable(),
         held_out=[],
         options=config_module.training(epochs=0.0, row_tokens=T),

@@ -11,6 +11,7 @@ float32: that is the softmax over all of it.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,14 +110,15 @@ def part(
     return Part(top[..., 0].swapaxes(1, 2), weights.sum(-1).swapaxes(1, 2), out_BTKGH)
 
 
-def union(parts: Part, axis: int) -> Part:
-    """Parts along an axis as one."""
-    top = parts.top_BTKG.max(axis, keepdims=True)
-    share = jnp.exp(parts.top_BTKG - top)
+def union(parts: Sequence[Part]) -> Part:
+    """Parts as one, added up in their order."""
+    top_BTKG = functools.reduce(jnp.maximum, (each.top_BTKG for each in parts))
+    shares = [jnp.exp(each.top_BTKG - top_BTKG) for each in parts]
+    both = list(zip(shares, parts, strict=True))
     return Part(
-        top.squeeze(axis),
-        (share * parts.total_BTKG).sum(axis),
-        (share[..., None] * parts.out_BTKGH).sum(axis),
+        top_BTKG,
+        sum(share * each.total_BTKG for share, each in both),
+        sum(share[..., None] * each.out_BTKGH for share, each in both),
     )
 
 
@@ -354,9 +356,14 @@ class Branches:
         in_page = in_page[:, None, :, None]
         pages = part(q_UZKGH, OWN, cache.own_k_UZKWH, cache.own_v_UZKWH, in_page, *words)
 
-        def together(shared: jax.Array, own: jax.Array, nothing: float) -> jax.Array:
-            own = _rows(own, table_UTJ, nothing).reshape(*self.table_BTJ.shape, *shared.shape[2:])
-            return jnp.concatenate([shared[:, :, None], own], 2)
+        def mine(j: int) -> Part:
+            """Of every slot what its page j gave it. All of them in one array would be J pages a
+            slot, of which most are nowhere, and lie in a TPU's main memory."""
 
-        parts = jax.tree.map(together, prompt, pages, Part(HIDDEN, 0.0, 0.0))
-        return softmax(union(parts, 2)).astype(q_BTKGH.dtype), cache
+            def take(own: jax.Array, shared: jax.Array, nothing: float) -> jax.Array:
+                return _rows(own, table_UTJ[..., j], nothing).reshape(shared.shape)
+
+            return jax.tree.map(take, pages, prompt, Part(HIDDEN, 0.0, 0.0))
+
+        whole = softmax(union([prompt, *map(mine, range(J))]))
+        return whole.astype(q_BTKGH.dtype), cache

@@ -194,11 +194,8 @@ def slot_shapes(
     )
 
 
-def empty_slots(
-    config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, pages: Pages
-) -> Slots:
-    """P prompts of at most S tokens, with C idle slots each, and pages."""
-    shapes = slot_shapes(config, mesh, P, C, S, pages)
+def empty_slots(shapes: Slots) -> Slots:
+    """All slots idle, of shapes by `slot_shapes`."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
 

@@ -120,6 +120,11 @@ class Engine:
         self._prefill, self._advance = programs(self._config, mesh, sampling)
         self._steps = self._used = 0
 
+    def _compile(self, slots: decode.Slots, prompts: Any, orders: decode.Orders) -> None:
+        """Before the slots have memory: the compiler takes as much, and is done by then."""
+        self._prefill.lower(self._params, slots, *prompts).compile()
+        self._advance.lower(self._params, slots, orders, self._grammar).compile()
+
     @property
     def useful(self) -> float:
         return self._used / max(self._steps * len(self._here) * self._C, 1)
@@ -175,7 +180,9 @@ class _Run:
         self._forced = np.zeros((P, C, W), bool)
         self._logprob = np.zeros((P, C, W), np.float64)
         self._length = np.zeros((P, C), np.int64)
-        self._slots = decode.empty_slots(engine._config, engine._mesh, engine._P, C, S, self._pages)
+        shapes = decode.slot_shapes(engine._config, engine._mesh, engine._P, C, S, self._pages)
+        engine._compile(shapes, self._batch([]), self._global(self._no_orders()))
+        self._slots = decode.empty_slots(shapes)
 
     def loop(self, termination: processes.Termination) -> Iterator[Completion]:
         orders = self._no_orders()
@@ -248,21 +255,26 @@ class _Run:
         To one only, or rows would wait for each other: with 4 where this is 1, 9 of 100 slot-steps
         were lost so. One prompt's positions are rows enough for a product.
         """
+        chosen = {self._pool[p]: p for p in self._free()[::-1]}  # the first of each
+        prompts = []
+        for b in sorted(chosen)[: len(self._queue)]:
+            self._rows[chosen[b]] = row = self._queue.pop()
+            prompts.append((chosen[b], row.request.prompt))
+        self._slots = self._e._prefill(self._e._params, self._slots, *self._batch(prompts))
+
+    def _batch(self, prompts: list[tuple[int, list[int]]]) -> list[jax.Array]:
+        """What `decode.prefill` takes: of every device a (row, prompt) of its own, or none."""
         tokens = np.zeros((self._pools, self._S), np.int32)
         length = np.ones(self._pools, np.int32)
         each = len(self._rows) // self._pools
         where = np.full(self._pools, each, np.int32)
-        chosen = {self._pool[p]: p for p in self._free()[::-1]}  # the first of each
-        for b in sorted(chosen)[: len(self._queue)]:
-            self._rows[chosen[b]] = row = self._queue.pop()
-            request = row.request
-            where[b] = chosen[b] % each
-            tokens[b, : len(request.prompt)] = request.prompt
-            length[b] = len(request.prompt)
+        for row, prompt in prompts:
+            b = self._pool[row]
+            where[b] = row % each
+            tokens[b, : len(prompt)] = prompt
+            length[b] = len(prompt)
         put = functools.partial(sharding.to_global, self._e._mesh)
-        self._slots = self._e._prefill(
-            self._e._params, self._slots, put("BT", tokens), put("B", length), put("B", where)
-        )
+        return [put("BT", tokens), put("B", length), put("B", where)]
 
     def _start(self, orders: decode.Orders) -> None:
         """Start waiting samples in idle slots."""
