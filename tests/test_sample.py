@@ -747,6 +747,26 @@ def on_one_device(mesh, config, params, tokenizer, prompts, common) -> dict[floa
     }
 
 
+@pytest.mark.parametrize("attention", ["auto", "jax"])
+def test_what_an_earlier_run_left_is_not_seen(
+    attention: str, config: ModelConfig, params: Params, mesh: Mesh, tokenizer: Tokenizer,
+    prompts: dict[str, list[int]], common: int,
+) -> None:  # fmt: skip
+    """The second run takes the caches of the first, of other prompts, and some slots' ends."""
+    config = config.with_(attention=attention)
+    first, second = requests_of(prompts, range(9)), requests_of(prompts, range(20, 29))[::-1]
+    engine = engine_of(config, params, mesh, tokenizer, end=common)
+    collect(engine, first)
+    taken = engine._kept[1]
+    assert taken
+    again = collect(engine, second)
+    assert all(x.is_deleted() for x in jax.tree.leaves(taken))  # donated, not beside new ones
+    fresh = collect(engine_of(config, params, mesh, tokenizer, end=common), second)
+    assert {k: (c.tokens, c.logprob) for k, c in again.items()} == {
+        k: (c.tokens, c.logprob) for k, c in fresh.items()
+    }
+
+
 def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
     """Before and after a prefill and a chunk of steps."""
     mesh = make_mesh(2, 2, 2)
@@ -754,7 +774,7 @@ def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
     sampling = Sampling(0.7, 0, 1.0, MAX_TOKENS, end=0, seed=0, chunk=8, patience=2)
     pages = sampling.pages(mesh, 16)
     with jax.set_mesh(mesh):
-        slots = decode.empty_slots(decode.slot_shapes(model, mesh, 8, 2, 16, pages))
+        slots = decode.idle_slots(decode.slot_shapes(model, mesh, 8, 2, 16, pages))
         initial = transformer.init(config, jax.random.key(0), mesh)
         params = transformer.unstack(config, initial, cast=True)[1]
         prefill, advance = engine_module.programs(model, mesh, sampling)

@@ -194,8 +194,14 @@ def slot_shapes(
     )
 
 
-def empty_slots(shapes: Slots) -> Slots:
-    """All slots idle, of shapes by `slot_shapes`."""
+def idle_slots(shapes: Slots, caches: list[BranchCache] | None = None) -> Slots:
+    """All slots idle, of shapes by `slot_shapes`.
+
+    Args:
+      caches: of such slots that are done with. What they hold is never seen.
+    """
+    if caches:
+        return idle_slots(shapes._replace(caches=[]))._replace(caches=caches)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from gsm_verifier import processes, sharding
 from gsm_verifier.model import transformer
+from gsm_verifier.model.attention import BranchCache
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.records import Completion
@@ -118,6 +119,7 @@ class Engine:
         padded[: len(table)] = table
         self._grammar = jnp.asarray(padded, device=sharding.named(mesh, ()))
         self._prefill, self._advance = programs(self._config, mesh, sampling)
+        self._kept: tuple[int, list[BranchCache] | None] = (0, None)  # a run's S, and its caches
         self._steps = self._used = 0
 
     def _compile(self, slots: decode.Slots, prompts: Any, orders: decode.Orders) -> None:
@@ -182,7 +184,9 @@ class _Run:
         self._length = np.zeros((P, C), np.int64)
         shapes = decode.slot_shapes(engine._config, engine._mesh, engine._P, C, S, self._pages)
         engine._compile(shapes, self._batch([]), self._global(self._no_orders()))
-        self._slots = decode.empty_slots(shapes)
+        # The last run's where they fit: freed, their memory needn't be given again as a whole.
+        (kept_S, caches), engine._kept = engine._kept, (0, None)
+        self._slots = decode.idle_slots(shapes, caches if kept_S == S else None)
 
     def loop(self, termination: processes.Termination) -> Iterator[Completion]:
         orders = self._no_orders()
@@ -193,6 +197,7 @@ class _Run:
             if stop:
                 raise processes.Stopped(processes.SHARDS_KEPT)
             if not unfinished:
+                self._e._kept = (self._S, self._slots.caches)
                 return
             for _ in range(prefills):
                 self._admit()
