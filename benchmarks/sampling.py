@@ -20,7 +20,7 @@ from benchmarks import contest, roofline, samplers
 from benchmarks.contest import Contender, Result
 
 UNAIDED = "ours_without_calculator"
-CHECKED = 4  # completions of each question whose probabilities are looked at
+CHECKED = 16  # completions, of all questions, whose probabilities are looked at
 IMPROBABLE = 6.0  # standard deviations
 
 Completions = list[list[list[int]]]  # of each question, the tokens of each completion
@@ -73,7 +73,7 @@ def improbability(
     prompts, _ = samplers.prompts(args)
     walk = variance = 0.0
     for prompt, found in zip(prompts, completions, strict=True):
-        for tokens in found[:CHECKED]:
+        for tokens in found[: max(1, CHECKED // len(prompts))]:
             raw_TV = logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :] / samplers.TEMPERATURE
             shifted_TV = raw_TV - raw_TV.max(-1, keepdims=True)
             logp_TV = shifted_TV - np.log(np.exp(shifted_TV).sum(-1, keepdims=True))
@@ -127,12 +127,15 @@ def main() -> None:
     parser = contest.arguments(__doc__)
     parser.add_argument("--real", action="store_true", help="stop at the end of text")
     parser.add_argument("--in-flight", type=int, help="questions at one time in ours; all")
-    parser.add_argument("--slots", type=int, help="completions of each at one time; all")
+    parser.add_argument(
+        "--slots", type=int, help="completions of each at one time; all, with --real a sixth"
+    )
     parser.add_argument("--openvino", help="the model's folder as OpenVINO's; else it's left out")
     parser.add_argument("--gguf", help="the model's file as llama.cpp's; else it's left out")
     args = parser.parse_args()
     args.in_flight = args.in_flight or args.questions
-    args.slots = args.slots or args.completions
+    # Fewer than there are, so that one that ends gives its slot to the next.
+    args.slots = args.slots or -(-args.completions // (6 if args.real else 1))
     args.rows = [args.in_flight * args.slots]
     contenders = {contest.OURS: Contender(calculating if args.real else ours)}
     if args.real:

@@ -43,6 +43,12 @@ def _bucket(length: int) -> int:
     return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
+# What XLA:CPU is told for logits as exact as others'. With its YNN kernels, SmolLM2's logits on 16
+# questions were up to 8e-4 away from transformers', without them 9e-5, on a CPU with AVX2, in the
+# same time.
+EXACT = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A language model, its tokenizer, and the config of the run it comes from.
@@ -77,7 +83,7 @@ class Model:
         model = Transformer(self.config)
         B = sharding.row_devices(self.mesh)  # a row for each, or a mesh couldn't divide them
 
-        @functools.partial(jax.jit, compiler_options=_exact())
+        @functools.partial(jax.jit, compiler_options=sharding.xla_options(**EXACT))
         def forward(params: Params, tokens_T: jax.Array) -> jax.Array:
             T = len(tokens_T)
             tokens_BT = jnp.broadcast_to(tokens_T, (B, T))
@@ -94,21 +100,6 @@ class Model:
         if wrong := [i for i in ids if not 0 <= i < size]:
             raise ValueError(f"{wrong[0]} is no token id: they are from 0 to {size - 1}")
         return ids
-
-
-@functools.cache
-def _exact() -> dict[str, str]:
-    """What XLA:CPU is told for logits as exact as others'; {} where it doesn't know the words.
-
-    With its YNN kernels, SmolLM2's logits on 16 questions were up to 8e-4 away from transformers',
-    without them 9e-5, on a CPU with AVX2, in the same time.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except (jax.errors.JaxRuntimeError, ValueError):
-        return {}
-    return options
 
 
 class Generator(Model):
@@ -148,7 +139,7 @@ class Generator(Model):
 
     @functools.cached_property
     def _engine(self) -> Callable[..., Engine]:
-        """Engines are kept, being compiled; few, for each has a copy of the parameters."""
+        """Engines are kept, being compiled; few: each has a copy of the parameters."""
         return functools.lru_cache(maxsize=2)(self._new_engine)
 
     def _new_engine(

@@ -272,7 +272,7 @@ class Programs:
         prefill, advance = engine.programs(model, mesh, sampling)
         params = _parameters(mesh, model, cast=True)
         pages = sampling.pages(mesh, P * C)
-        B = pages.U  # as `engine._Run._admit` has it
+        B = pages.U  # as `engine._Run._batch` has it
         slots = decode.slot_shapes(model, mesh, P, C, S, pages)
         orders = jax.tree.map(
             lambda x: _array(mesh, "PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
@@ -502,7 +502,7 @@ def _sizes_of(config: ConfigDict, kind: str, stages: Sequence[str]) -> Iterator[
     """A kind's slices, and their chips, that hold at least what stays of a model in training."""
     chip, model = CHIPS[kind], model_of(config, "tpu")
     trains = any(name in config and config[name].get("epochs") for name in _sections(stages))
-    # Adam's moments and the gradient too; or cast ones to sample with.
+    # Parameters, Adam's moments and the gradient; or parameters cast to sample with.
     state = (4 * 4 if trains else np.dtype(model.dtype).itemsize) * _with_logits(model)
     for shape in chip.slices.split():
         size = math.prod(map(int, shape.split("x")))

@@ -174,6 +174,16 @@ def parts(letter: str, mesh: Any = None) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in RULES[letter])
 
 
+@functools.cache
+def xla_options(**options: str) -> dict[str, str]:
+    """Options for `jax.jit`'s compiler, or {} where it doesn't know them: they come and go."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return {}
+    return options
+
+
 def platform(mesh: Mesh | None = None) -> str:
     """What a mesh, or the enclosing `jax.set_mesh`, computes on, if only in a plan.
 

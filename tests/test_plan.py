@@ -384,7 +384,7 @@ def test_the_smallest_slice_that_may_do_is_always_told(
     model = plan.model_of(config, "cpu")
     weights = model.parameters + model.vocab_size * model.width
     # Two chips hold what it samples with, and eight what it trains with.
-    chip = plan.Chip("cpu", 2.6 * weights, 1e12, 1e12, 1e12, "1x1 1x2 2x2 2x4")
+    chip = plan.Chip("cpu", 2.1 * weights, 1e12, 1e12, 1e12, "1x1 1x2 2x2 2x4")
     monkeypatch.setitem(plan.CHIPS, "v9", chip)
     found = list(plan.lines(config, None, stages))
     slice_, count = {"sample": ("1x2", 2), "finetune": ("2x4", 8)}[stages[0]]

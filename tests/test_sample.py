@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -747,6 +750,40 @@ def on_one_device(mesh, config, params, tokenizer, prompts, common) -> dict[floa
     }
 
 
+def compiled(caplog: pytest.LogCaptureFixture) -> Counter[str]:
+    """How often each of the sampler's programs was compiled, since it was asked last."""
+    told = " ".join(record.getMessage() for record in caplog.records)
+    caplog.clear()
+    return Counter(re.findall(r"Compiling jit\((prefill|advance)\)", told))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_programs_are_compiled_once_and_before_there_are_slots(
+    sizes: tuple[int, int, int], make_mesh, config, params, tokenizer, prompts,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    engine = engine_of(config, params, make_mesh(*sizes), tokenizer, max_tokens=MAX_TOKENS - 1)
+    made = []
+
+    def idle_slots(*arguments: Any) -> decode.Slots:
+        made.append(compiled(caplog))
+        return idle(*arguments)
+
+    idle = decode.idle_slots
+    monkeypatch.setattr(decode, "idle_slots", idle_slots)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for samples in (range(4), range(4, 8)):
+            collect(engine, requests_of(prompts, samples))
+    assert made == [{"prefill": 1, "advance": 1}, {}]
+    assert not compiled(caplog)
+
+
+def test_without_requests_nothing_is_compiled(mesh, config, params, tokenizer) -> None:
+    engine = engine_of(config, params, mesh, tokenizer)
+    engine._compile = pytest.fail
+    assert not collect(engine, [], longest=40)
+
+
 @pytest.mark.parametrize("attention", ["auto", "jax"])
 def test_what_an_earlier_run_left_is_not_seen(
     attention: str, config: ModelConfig, params: Params, mesh: Mesh, tokenizer: Tokenizer,
@@ -754,17 +791,36 @@ def test_what_an_earlier_run_left_is_not_seen(
 ) -> None:  # fmt: skip
     """The second run takes the caches of the first, of other prompts, and some slots' ends."""
     config = config.with_(attention=attention)
-    first, second = requests_of(prompts, range(9)), requests_of(prompts, range(20, 29))[::-1]
+    requests = requests_of(prompts, range(9))
+    first, second = requests[::2], requests[1::2]
+    longest = max(map(len, prompts.values()))
     engine = engine_of(config, params, mesh, tokenizer, end=common)
-    collect(engine, first)
+    collect(engine, first, longest)
     taken = engine._kept[1]
     assert taken
-    again = collect(engine, second)
+    again = collect(engine, second, longest)
     assert all(x.is_deleted() for x in jax.tree.leaves(taken))  # donated, not beside new ones
-    fresh = collect(engine_of(config, params, mesh, tokenizer, end=common), second)
+    fresh = collect(engine_of(config, params, mesh, tokenizer, end=common), second, longest)
     assert {k: (c.tokens, c.logprob) for k, c in again.items()} == {
         k: (c.tokens, c.logprob) for k, c in fresh.items()
     }
+
+
+def test_caches_that_do_not_fit_are_freed_before_others_are_made(
+    mesh, config, params, tokenizer, prompts
+) -> None:
+    engine = engine_of(config, params, mesh, tokenizer)
+    collect(engine, requests_of(prompts, range(2)))
+    left = [weakref.ref(x) for x in jax.tree.leaves(engine._kept) if isinstance(x, jax.Array)]
+    assert left
+    compile_ = engine._compile
+
+    def checked(*arguments: Any) -> None:
+        assert not any(ref() is not None for ref in left)
+        compile_(*arguments)
+
+    engine._compile = checked
+    collect(engine, requests_of(prompts, range(2)), longest=100)
 
 
 def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
@@ -798,11 +854,24 @@ def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
 def test_asked_to_end_it_stops_between_chunks(mesh, config, params, tokenizer, prompts) -> None:
     engine = engine_of(config, params, mesh, tokenizer, prompts=1, slots=1)
     termination = processes.Termination()
+    collect(engine, requests_of(prompts, range(1)))
     found = engine.run(requests_of(prompts, range(4)), termination=termination)
     next(found)
     termination.noted = True
     with pytest.raises(processes.Stopped, match="run again to go on"):
         list(found)
+    assert engine._kept == (0, None)  # those it took are donated
+
+
+def test_a_run_that_is_left_leaves_no_caches(mesh, config, params, tokenizer, prompts) -> None:
+    engine = engine_of(config, params, mesh, tokenizer)
+    requests = requests_of(prompts, range(4))
+    whole = collect(engine, requests)
+    found = engine.run(requests)
+    next(found)
+    found.close()
+    assert engine._kept == (0, None)
+    assert tokens_of(collect(engine, requests)) == tokens_of(whole)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)], ids=str)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from gsm_verifier import checkpoint, metrics, processes
+from gsm_verifier import checkpoint, metrics, processes, sharding
 from gsm_verifier import config as config_module
 from gsm_verifier.data.packing import FIELDS, PackedRows, Tree
 from gsm_verifier.metrics import Metrics
@@ -652,9 +652,30 @@ def test_a_run_moves_and_takes_the_memory_of_what_it_started_from(
 ) -> None:
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), small_params(), whole_run[0])
     assert optax.tree.norm(moved) > 0.1
-    start = jax.tree.map(jnp.copy, small_params())
+    start = small_params()
     fit(tmp_path, mesh, initial=lambda: start, epochs=1.0)
     assert all(x.is_deleted() for x in jax.tree.leaves(start))
+
+
+def test_on_cpu_training_is_compiled_for_memory(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sharding.xla_options(**loop.CPU_OPTIONS), "XLA's option has another name now"
+    assert sharding.xla_options(xla_cpu_no_such_option="") == {}
+    config = make_config()
+    tx = loop.make_optimizer(config_module.training(), 10)
+    shapes, where = loop.state_shardings(config, tx, mesh)
+    batch_ABT = loop.device_batch(mesh, next(PackedRows(memorisable(), T, 1, 0).batches(4)), 2)
+
+    def temporaries() -> int:
+        with jax.set_mesh(mesh):
+            step = loop.jit_step(Transformer(config), PLAIN, tx, 0, where)
+            compiled = step.lower(checkpoint.abstract(shapes, where), batch_ABT).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small = temporaries()
+    monkeypatch.setattr(loop, "CPU_OPTIONS", {})
+    assert small < temporaries()
 
 
 def test_a_signal_after_the_last_look_ends_the_process_as_it_leaves() -> None:

@@ -117,8 +117,8 @@ def union(parts: Sequence[Part]) -> Part:
     both = list(zip(shares, parts, strict=True))
     return Part(
         top_BTKG,
-        sum(share * each.total_BTKG for share, each in both),
-        sum(share[..., None] * each.out_BTKGH for share, each in both),
+        functools.reduce(jnp.add, (share * each.total_BTKG for share, each in both)),
+        functools.reduce(jnp.add, (share[..., None] * each.out_BTKGH for share, each in both)),
     )
 
 
@@ -357,8 +357,8 @@ class Branches:
         pages = part(q_UZKGH, OWN, cache.own_k_UZKWH, cache.own_v_UZKWH, in_page, *words)
 
         def mine(j: int) -> Part:
-            """Of every slot what its page j gave it. All of them in one array would be J pages a
-            slot, of which most are nowhere, and lie in a TPU's main memory."""
+            """What each slot gets of its page j. One array for all pages would have J of them a
+            slot, most of them nowhere."""
 
             def take(own: jax.Array, shared: jax.Array, nothing: float) -> jax.Array:
                 return _rows(own, table_UTJ[..., j], nothing).reshape(shared.shape)

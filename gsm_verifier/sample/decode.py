@@ -195,14 +195,17 @@ def slot_shapes(
 
 
 def idle_slots(shapes: Slots, caches: list[BranchCache] | None = None) -> Slots:
-    """All slots idle, of shapes by `slot_shapes`.
+    """Idle slots of the shapes that `slot_shapes` gives.
 
     Args:
-      caches: of such slots that are done with. What they hold is never seen.
+      caches: of such slots that are done with, to be used again: what they hold is never seen.
     """
-    if caches:
-        return idle_slots(shapes._replace(caches=[]))._replace(caches=caches)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+    caches = caches or jax.tree.map(zeros, shapes.caches)
+    return jax.tree.map(zeros, shapes._replace(caches=[]))._replace(caches=caches)
 
 
 def prefill(

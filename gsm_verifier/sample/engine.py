@@ -84,6 +84,8 @@ def programs(config: ModelConfig, mesh: jax.sharding.Mesh, sampling: Sampling) -
 class Engine:
     """Samples completions of many problems, as many at a time as there are slots.
 
+    Between runs it holds its parameters and the caches of the last one.
+
     Attributes:
       useful: share of the slot-steps run so far that wrote a token.
     """
@@ -123,7 +125,10 @@ class Engine:
         self._steps = self._used = 0
 
     def _compile(self, slots: decode.Slots, prompts: Any, orders: decode.Orders) -> None:
-        """Before the slots have memory: the compiler takes as much, and is done by then."""
+        """Compile both programs before there are slots, or the two peaks of memory would add up.
+
+        The calls find what was compiled: JAX keeps it.
+        """
         self._prefill.lower(self._params, slots, *prompts).compile()
         self._advance.lower(self._params, slots, orders, self._grammar).compile()
 
@@ -182,11 +187,18 @@ class _Run:
         self._forced = np.zeros((P, C, W), bool)
         self._logprob = np.zeros((P, C, W), np.float64)
         self._length = np.zeros((P, C), np.int64)
-        shapes = decode.slot_shapes(engine._config, engine._mesh, engine._P, C, S, self._pages)
-        engine._compile(shapes, self._batch([]), self._global(self._no_orders()))
-        # The last run's where they fit: freed, their memory needn't be given again as a whole.
-        (kept_S, caches), engine._kept = engine._kept, (0, None)
-        self._slots = decode.idle_slots(shapes, caches if kept_S == S else None)
+        self._slots: Any = None  # until there is work for them
+
+    def _begin(self) -> None:
+        """Make the slots, of the last run's caches if they fit: memory that is freed may not be had
+        again in one piece."""
+        e = self._e
+        (kept_S, caches), e._kept = e._kept, (0, None)
+        if kept_S != self._S:
+            caches = None  # freed before others are made
+        shapes = decode.slot_shapes(e._config, e._mesh, e._P, e._C, self._S, self._pages)
+        e._compile(shapes, self._batch([]), self._global(self._no_orders()))
+        self._slots = decode.idle_slots(shapes, caches)
 
     def loop(self, termination: processes.Termination) -> Iterator[Completion]:
         orders = self._no_orders()
@@ -197,8 +209,11 @@ class _Run:
             if stop:
                 raise processes.Stopped(processes.SHARDS_KEPT)
             if not unfinished:
-                self._e._kept = (self._S, self._slots.caches)
+                if self._slots:
+                    self._e._kept = (self._S, self._slots.caches)
                 return
+            if not self._slots:
+                self._begin()
             for _ in range(prefills):
                 self._admit()
             self._start(orders)
@@ -268,14 +283,14 @@ class _Run:
         self._slots = self._e._prefill(self._e._params, self._slots, *self._batch(prompts))
 
     def _batch(self, prompts: list[tuple[int, list[int]]]) -> list[jax.Array]:
-        """What `decode.prefill` takes: of every device a (row, prompt) of its own, or none."""
+        """What `decode.prefill` takes: of every device one (p, prompt) of its own, or none."""
         tokens = np.zeros((self._pools, self._S), np.int32)
         length = np.ones(self._pools, np.int32)
         each = len(self._rows) // self._pools
         where = np.full(self._pools, each, np.int32)
-        for row, prompt in prompts:
-            b = self._pool[row]
-            where[b] = row % each
+        for p, prompt in prompts:
+            b = self._pool[p]
+            where[b] = p % each
             tokens[b, : len(prompt)] = prompt
             length[b] = len(prompt)
         put = functools.partial(sharding.to_global, self._e._mesh)

@@ -20,8 +20,8 @@ from gsm_verifier.train import losses, optimizer
 from gsm_verifier.train.batch import Batch
 from gsm_verifier.train.losses import Objective
 
-# Else XLA:CPU begins all that can begin: what only the backward pass wants it makes, and keeps, in
-# the forward pass. A step of SmolLM2-135M takes 5,280 MiB so, not 6,020, and as long.
+# By default XLA:CPU starts whatever it can: what only the backward pass needs is made, and kept, in
+# the forward pass. With this SmolLM2-135M trains in 5,280 MiB instead of 6,020, in the same time.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -129,7 +129,8 @@ def jit_step(
 ) -> Any:
     """`make_step` compiled for a TrainState that lives on the shardings `where`, and is donated."""
     step = make_step(model, objective, tx, seed)
-    options = CPU_OPTIONS if sharding.platform(where.step.mesh) == "cpu" else None
+    on_cpu = sharding.platform(where.step.mesh) == "cpu"
+    options = sharding.xla_options(**CPU_OPTIONS) if on_cpu else None
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=options)
 
 
@@ -195,7 +196,7 @@ def fit(
 
     Args:
       initial: makes those to start from, on the mesh; not called when `folder` holds a checkpoint.
-        The first step takes their memory.
+        The first step takes their memory: nobody else may hold them.
       held_out: trees whose losses are measured every `options.eval_every` steps.
       options: a stage's training options, see `gsm_verifier.config`.
       folder: where checkpoints go; an interrupted run goes on from the newest, bit for bit.
@@ -211,6 +212,14 @@ def fit(
     mine = [a * cut.rows + b for a in range(cut.accumulate) for b in share.rows(cut.rows)]
     tx = make_optimizer(options, cut.steps)
     shapes, where = state_shardings(model, tx, mesh)
+    checkpoints = checkpoint.Checkpoints(folder)
+    with jax.set_mesh(mesh):
+        if checkpoints.latest is None:
+            params = initial()
+            opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
+            state = TrainState(params, opt_state, jnp.zeros((), jnp.int32, device=where.step))
+        else:
+            state, _ = checkpoints.restore(checkpoint.abstract(shapes, where))
     with jax.set_mesh(mesh), processes.Termination() as termination:
         net = Transformer(model, dropout=options.dropout)
         step = jit_step(net, objective, tx, seed, where)
@@ -231,13 +240,6 @@ def fit(
             for fields in held_out_rows.batches(cut.rows, mine=share.rows(cut.rows))
         ]
 
-        checkpoints = checkpoint.Checkpoints(folder)
-        if checkpoints.latest is None:
-            params = initial()
-            opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(params)
-            state = TrainState(params, opt_state, jnp.zeros((), jnp.int32, device=where.step))
-        else:
-            state, _ = checkpoints.restore(checkpoint.abstract(shapes, where))
         start = int(state.step)
         log.rewind(start)
         batches = rows.batches(cut.batch, start, mine=mine)
