@@ -328,6 +328,25 @@ def _capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
+@jax.custom_jvp
+def looked_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The tokens' rows of a table, [B, T, D].
+
+    Of a bfloat16 table XLA:CPU would convert all rows to float32 to take some; so its bits are
+    taken. The sampler, whose calculator is asked after nearly every step, does so as often.
+    """
+    if sharding.platform() != "cpu" or table_VD.dtype != jnp.bfloat16:
+        return table_VD[tokens_BT]
+    bits_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_BT]
+    return jax.lax.bitcast_convert_type(bits_BTD, jnp.bfloat16)
+
+
+@looked_up.defjvp
+def _looked_up(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Bits have no gradient; a row of the table gets the sum of its tokens'."""
+    return looked_up(*primals), tangents[0][primals[1]]
+
+
 def logits(
     config: ModelConfig, table_VD: jax.Array, hidden: jax.Array, all_ids: bool = False
 ) -> jax.Array:
@@ -398,7 +417,7 @@ class Transformer(nn.Module):
         """
         c = self.config
         # Looked up in a table sharded over D, XLA would rematerialise the whole table per device.
-        x_BTD = constrain(self.embed_VD.astype(c.dtype), ("V", None))[tokens_BT]
+        x_BTD = looked_up(constrain(self.embed_VD.astype(c.dtype), ("V", None)), tokens_BT)
         if c.scaled_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, c.dtype)  # rounded to it, as Gemma was trained
         if c.positions == "learned":
