@@ -87,7 +87,11 @@ def improbability(
 def judged(
     name: str, args: Namespace, result: Result, logits: Callable[[Sequence[int]], np.ndarray]
 ) -> dict[str, Any]:
-    """A contender's figures; output that isn't the work that was asked for ends the command."""
+    """A contender's figures; output that isn't the work that was asked for ends the command.
+
+    Of a peer whose tokens are improbable it is told only: OpenVINO's, of a finetuned model's 64
+    completions in bfloat16, were 7.3 standard deviations away.
+    """
     rounds = [[c for found in out["completions"] for c in found] for out in result.outputs]
     last, more = rounds[-1], dict(result.outputs[-1])
     completions = more.pop("completions")
@@ -101,7 +105,10 @@ def judged(
     calculated = args.real and name == contest.OURS  # not all of its tokens are drawn
     sigmas = None if calculated else improbability(args, completions, logits)
     if abs(sigmas or 0.0) > IMPROBABLE:
-        sys.exit(f"{name}: its tokens are {sigmas} standard deviations from the model's")
+        told = f"{name}: its tokens are {sigmas} standard deviations from the model's"
+        if name.startswith(contest.OURS):
+            sys.exit(told)
+        contest.tell(told)
     return contest.speed(
         result,
         [sum(map(len, found)) for found in rounds],
