@@ -332,8 +332,8 @@ def _capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
 def looked_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """The tokens' rows of a table, [B, T, D].
 
-    Of a bfloat16 table XLA:CPU would convert all rows to float32 to take some; so its bits are
-    taken. The sampler, whose calculator is asked after nearly every step, does so as often.
+    Of a bfloat16 table XLA:CPU would convert all rows to float32 to take some, the sampler's at the
+    beginning of every chunk of steps; so its bits are taken.
     """
     if sharding.platform() != "cpu" or table_VD.dtype != jnp.bfloat16:
         return table_VD[tokens_BT]
