@@ -89,8 +89,8 @@ def judged(
 ) -> dict[str, Any]:
     """A contender's figures; output that isn't the work that was asked for ends the command.
 
-    Of a peer whose tokens are improbable it is told only: OpenVINO's, of a finetuned model's 64
-    completions in bfloat16, were 7.3 standard deviations away.
+    A peer's improbable tokens are only told of: 64 completions that OpenVINO drew from a finetuned
+    model in bfloat16 were 7.3 standard deviations away.
     """
     rounds = [[c for found in out["completions"] for c in found] for out in result.outputs]
     last, more = rounds[-1], dict(result.outputs[-1])
