@@ -29,7 +29,7 @@ from gsm_verifier.sample import decode
 from gsm_verifier.sample.engine import sampling_of
 
 K, G, H = 3, 3, 64
-P, C, S, W, J = 8, 20, 96, 60, 4  # of the sampler
+P, C, S, W, J = 8, 160, 96, 60, 4  # of the sampler
 OLDEST = 120  # ages are spread evenly from 0 to it
 LAYERS = 4
 B, T, PROBLEM = 2, 1024, 190  # of whole rows: packed problems of so many positions
@@ -40,12 +40,13 @@ Calls = dict[str, Callable[[], Any]]
 
 def step(normal: Callable[..., jax.Array], rng: np.random.Generator) -> Calls:
     """A step of all slots of the sampler."""
-    prompt, own = (P, K, S, H), (1, P * C * J, K, W, H)
-    shapes = (prompt, prompt, own, own)
-    length_P, age_PC = rng.integers(S // 2, S + 1, P), rng.integers(0, OLDEST + 1, (P, C))
-    table_PCJ = rng.permutation(P * C * J).reshape(P, C, J)
-    slots = Branches(jnp.int32(length_P), jnp.int32(age_PC), jnp.int32(table_PCJ))
-    new = (normal(P, C, K, G, H), normal(P, C, K, H), normal(P, C, K, H))
+    prompts, own = (1, P, K, S, H), (1, C * J, K, W, H)
+    shapes = (prompts, prompts, own, own)
+    length_UP, age_UC = rng.integers(S // 2, S + 1, (1, P)), rng.integers(0, OLDEST + 1, (1, C))
+    prompt_UC = np.arange(C)[None] % P
+    table_UCJ = rng.permutation(C * J).reshape(1, C, J)
+    slots = Branches(*map(jnp.int32, (length_UP, prompt_UC, age_UC, table_UCJ)))
+    new = (normal(1, C, K, G, H), normal(1, C, K, H), normal(1, C, K, H))
 
     def calls(way: Callable[..., Any]) -> Callable[[], Any]:
         jitted = jax.jit(functools.partial(way, look=Look()), donate_argnames="cache")
@@ -88,14 +89,14 @@ def rows(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
 def draws(normal: Callable[..., jax.Array]) -> Calls:
     """A token for each slot."""
     model = model_of(default(), "cpu").with_(text_size=TEXT)
-    sampling = sampling_of(default().sample, 0, 0, P * C)
-    logits_PCV = normal(P, C, model.vocab_size).astype(jnp.float32)
-    problem, sample = np.indices((P, C), np.uint32)
+    sampling = sampling_of(default().sample, 0, 0, C)
+    logits_UCV = normal(1, C, model.vocab_size).astype(jnp.float32)
+    problem, sample = np.indices((1, C), np.uint32)
 
     def calls(attention: str) -> Callable[[], Any]:
         config = model.with_(attention=attention)
         drawn = jax.jit(lambda x: decode.draw(x, config, sampling, problem, sample, sample))
-        return functools.partial(drawn, logits_PCV)
+        return functools.partial(drawn, logits_UCV)
 
     return {"kernel": calls("auto"), "jax": calls("jax")}
 

@@ -52,7 +52,7 @@ class Device:
         self.useful: list[tuple[int, int, int]] = []  # steps, tokens, problems not begun
 
     def prefill(self, params: Any, slots: Any, tokens: Any, length: Any, row: Any) -> Any:
-        self.begun -= int((np.asarray(row) < slots.status_PC.shape[0]).sum())
+        self.begun -= int((np.asarray(row) < slots.prompt_length_UP.shape[1]).sum())
         return slots
 
     def advance(
@@ -62,10 +62,10 @@ class Device:
             np.array, decode.obey(slots._replace(caches=[]), jax.tree.map(np.asarray, orders))
         )
         W = slots.caches[0].own_k_UZKWH.shape[3]
-        status, age = obeyed.status_PC, obeyed.age_PC
-        room = W * (obeyed.table_PCJ != decode.NOWHERE).sum(-1)
-        active_XPC = np.zeros((self._chunk, *status.shape), bool)
-        token_XPC = np.full(active_XPC.shape, TEXT)
+        status, age = obeyed.status_UC, obeyed.age_UC
+        room = W * (obeyed.table_UCJ != decode.NOWHERE).sum(-1)
+        active_XUC = np.zeros((self._chunk, *status.shape), bool)
+        token_XUC = np.full(active_XUC.shape, TEXT)
         steps = 0
         while steps < self._chunk:
             active = (status == decode.RUNNING) & (age < room)
@@ -73,17 +73,17 @@ class Device:
             if not active.any() or waiting >= self._patience:
                 break
             age += active
-            for p, c in np.argwhere(active):
-                key = int(obeyed.problem_PC[p, c]), int(obeyed.sample_PC[p, c])
-                if age[p, c] == self._length[key]:
-                    status[p, c], token_XPC[steps, p, c] = decode.FINISHED, END
-                elif age[p, c] in self._asks[key]:
-                    status[p, c] = decode.ASKING
-            active_XPC[steps] = active
+            for u, c in np.argwhere(active):
+                key = int(obeyed.problem_UC[u, c]), int(obeyed.sample_UC[u, c])
+                if age[u, c] == self._length[key]:
+                    status[u, c], token_XUC[steps, u, c] = decode.FINISHED, END
+                elif age[u, c] in self._asks[key]:
+                    status[u, c] = decode.ASKING
+            active_XUC[steps] = active
             steps += 1
-        self.useful.append((steps, int(active_XPC.sum()), self.begun))
-        logprob = np.zeros(active_XPC.shape, np.float32)
-        written = (active_XPC, token_XPC, np.zeros_like(active_XPC), logprob, status)
+        self.useful.append((steps, int(active_XUC.sum()), self.begun))
+        logprob = np.zeros(active_XUC.shape, np.float32)
+        written = (active_XUC, token_XUC, np.zeros_like(active_XUC), logprob, status)
         trace = decode.Trace(*map(jnp.asarray, (np.int32(steps), *written)))
         return obeyed._replace(caches=slots.caches), trace
 
@@ -116,7 +116,7 @@ def measure(kept: float, args: argparse.Namespace) -> dict[str, Any]:
     if found != args.problems * args.completions:
         raise AssertionError(f"{found} completions of {args.problems} x {args.completions}")
     slots = args.prompts * args.slots
-    pages = sampling.pages(mesh, slots)
+    pages = sampling.pages(mesh, slots)  # of the one pool
     steps, tokens, left = np.array(device.useful).T
     full = left > 0
     return {

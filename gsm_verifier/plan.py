@@ -265,20 +265,21 @@ class Programs:
         """A prefill of some prompts, and a chunk of steps of all slots."""
         options, mesh = self._config.sample, self.sampling_mesh
         model = self._model.with_(scan_layers=False)
-        C = min(options.slots, options.completions)  # as `stages._engine` has it
-        P = _rows(mesh, options.prompts * options.slots // C)
+        each = min(options.slots, options.completions)  # as `stages._engine` has it
+        U = sharding.row_devices(mesh)
+        P = math.ceil(options.prompts * options.slots // each / U)  # and `engine.Engine`
+        C = P * each
         S = math.ceil(LONGEST / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
-        sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, P * C)
+        sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, U * C)
         prefill, advance = engine.programs(model, mesh, sampling)
         params = _parameters(mesh, model, cast=True)
-        pages = sampling.pages(mesh, P * C)
-        B = pages.U  # as `engine._Run._batch` has it
+        pages = sampling.pages(mesh, C)
         slots = decode.slot_shapes(model, mesh, P, C, S, pages)
         orders = jax.tree.map(
-            lambda x: _array(mesh, "PC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
-            decode.no_orders(P, C, pages.J),
+            lambda x: _array(mesh, "UC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
+            decode.no_orders(U, C, pages.J),
         )
-        prompts = (("BT", B, S), ("B", B), ("B", B))
+        prompts = (("BT", U, S), ("B", U), ("B", U))
         prompts = tuple(_array(mesh, letters, np.int32, *shape) for letters, *shape in prompts)
         grammar = _array(mesh, "", np.int32, model.vocab_size, engine.GRAMMAR)
         size = np.dtype(model.dtype).itemsize
@@ -287,28 +288,28 @@ class Programs:
         own = 2 * model.width * model.kv_heads * model.head_size
         prompt = model.parameters * (model.layers - 1) // model.layers + own
         weights = size * _with_logits(model) / _split(mesh)
-        filled = (P * QUESTION + P * C * FILLED) / mesh.size
+        filled = (P * QUESTION + C * FILLED) * U / mesh.size
         kv = 2 * model.layers * model.kv_heads * model.head_size * filled
-        kv *= slots.caches[0].prompt_k_BKSH.dtype.itemsize
+        kv *= slots.caches[0].prompt_k_UPKSH.dtype.itemsize
         return (
             Program(
-                what=f"prefill of {B} prompts",
-                serves=B,
+                what=f"prefill of {U} prompts",
+                serves=U,
                 key=PREFILL,
                 jitted=prefill,
                 arguments=(params, slots, *prompts),
-                useful=2 * B * S * prompt,
+                useful=2 * U * S * prompt,
                 mesh=mesh,
                 moves=size * prompt / _split(mesh),
                 loads=loads,
             ),
             Program(
-                what=f"{sampling.chunk} steps of {P * C} slots",
-                serves=P * C * sampling.chunk,
+                what=f"{sampling.chunk} steps of {U * C} slots",
+                serves=U * C * sampling.chunk,
                 key=DECODE,
                 jitted=advance,
                 arguments=(params, slots, orders, grammar),
-                useful=P * C * sampling.chunk * 2 * _with_logits(model),
+                useful=U * C * sampling.chunk * 2 * _with_logits(model),
                 mesh=mesh,
                 steps=sampling.chunk,
                 moves=sampling.chunk * (weights + kv),

@@ -5,17 +5,16 @@ strings, and here, as logical sharding axes.
 
 | letter | dimension | | letter | dimension |
 |---|---|---|---|---|
-| B | rows of a batch | | V | vocabulary |
-| T | positions computed | | L | layers |
-| S | positions attended to | | P | prompts in flight (sampler) |
-| D | width | | C | completion slots of a prompt (sampler) |
-| F | feed-forward width | | W | positions of a page (sampler) |
-| N | query heads | | M | completions of a problem (host) |
-| K | key/value heads | | R | rows of a record shard (host) |
-| G | query heads per key/value head | | A | accumulated microbatches |
-| H | head size | | U | pools of pages, one for each device of rows (sampler) |
-| | | | Z | pages of a pool (sampler) |
-| | | | J | pages of a branch (sampler) |
+| B | rows of a batch | | L | layers |
+| T | positions computed | | A | accumulated microbatches |
+| S | positions attended to | | R | rows of a record shard (host) |
+| D | width | | U | pools, one for each device of rows (sampler) |
+| F | feed-forward width | | P | prompts in flight in a pool (sampler) |
+| N | query heads | | C | completion slots of a pool (sampler) |
+| K | key/value heads | | Z | pages of a pool (sampler) |
+| G | query heads per key/value head | | J | pages of a branch (sampler) |
+| H | head size | | W | positions of a page (sampler) |
+| V | vocabulary | | M | completions of a problem |
 
 A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded over their width) and
 `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
@@ -37,14 +36,13 @@ AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
-    "P": ("data", "fsdp"),
     "U": ("data", "fsdp"),
     "D": ("fsdp",),
     "F": ("tensor",),
     "N": ("tensor",),
     "K": ("tensor",),
     "V": ("tensor",),
-} | dict.fromkeys("ATSGHLCWMZJ", ())
+} | dict.fromkeys("ATSGHLPCWMZJ", ())
 
 
 def configure(cpu_devices: int) -> None:
@@ -96,12 +94,12 @@ def without_fsdp(mesh: Mesh, *sizes: int) -> Mesh:
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Devices that work on different rows (B, or P in the sampler)."""
+    """Devices that work on different rows (B, or U in the sampler)."""
     return parts("B", mesh)
 
 
 class Share(NamedTuple):
-    """Which rows (B, or P in the sampler) are a process's own.
+    """Which rows (B, or U in the sampler) are a process's own.
 
     The rows are cut into as many blocks as there are devices that work on different rows. Processes
     among which `tensor` splits a row share its block: they hold the same rows, and the first of
@@ -263,12 +261,12 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def to_global(mesh: Mesh, letters: Sequence[str | None], host: np.ndarray) -> jax.Array:
-    """The global array of host arrays: of B or P every process gives its own rows, in order.
+    """The global array of host arrays: of B or U every process gives its own rows, in order.
 
     Other dimensions every process holds whole; so does one process with all of its rows.
     """
     parts = share(mesh).count
-    shape = [n * parts if x in ("B", "P") else n for n, x in zip(host.shape, letters, strict=True)]
+    shape = [n * parts if x in ("B", "U") else n for n, x in zip(host.shape, letters, strict=True)]
     return jax.make_array_from_process_local_data(named(mesh, letters), host, tuple(shape))
 
 

@@ -23,44 +23,47 @@ from gsm_verifier.model.attention import (
     Packed,
     by_rows,
 )
+from gsm_verifier.model.cpu_kernels import NEW, SLOTS
 from gsm_verifier.sample import decode
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="the kernel is compiled by c++"
 )
-LETTERS = ("BTKGH", "BTKH", "BTKH", *CACHE, "B", "BT", "BTJ")
+LETTERS = (*NEW, *CACHE, *SLOTS)
 
 
 def example(B: int, T: int, K: int, G: int, H: int, S: int, W: int, J: int = 3) -> list[np.ndarray]:
-    """Arrays of LETTERS; prompts from 0 to S positions, slots with the pages they need.
+    """Arrays of LETTERS; B prompts from 0 to S positions, slots, T of each in the mean, with the
+    pages they need.
 
     Ages are from 0 to J * W, which a done slot has. What a slot doesn't see is so large that it
     would show.
     """
     rng = np.random.default_rng(0)
     U = B if B % 4 else 4  # pools, which a mesh can cut
-    Z = B // U * T * J + 1
-    new, prompt, own = (B, T, K, H), (B, K, S, H), (U, Z, K, W, H)
-    shapes = ((B, T, K, G, H), new, new, prompt, prompt, own, own)
+    P, C = B // U, B // U * T
+    Z = C * J + 1
+    new, prompts, own = (U, C, K, H), (U, P, K, S, H), (U, Z, K, W, H)
+    shapes = ((U, C, K, G, H), new, new, prompts, prompts, own, own)
     # Of numbers that are bfloat16 too.
     arrays = [np.asarray(jnp.bfloat16(rng.normal(size=s)), np.float32) for s in shapes]
     prompt_k, prompt_v, own_k, own_v = arrays[3:]
-    length_B = np.linspace(0, S, B).round().astype(np.int32)
-    age_BT = (np.arange(B * T, dtype=np.int32) * 7 % (J * W + 1)).reshape(B, T)
-    dealt_BTJ = np.stack([rng.permutation(Z)[:-1] for _ in range(U)]).reshape(B, T, J)
-    table_BTJ = np.where(np.arange(J) <= age_BT[..., None] // W, dealt_BTJ, NOWHERE)
-    for b, length in enumerate(length_B):
-        prompt_k[b, :, length:] = prompt_v[b, :, length:] = 1e3
-        for t, j in np.ndindex(T, J):
-            # What is at its age is about to be replaced.
-            unseen = slice(max(age_BT[b, t] - j * W, 0), None)
-            own_k[b // (B // U), dealt_BTJ[b, t, j], :, unseen] = 1e3
-            own_v[b // (B // U), dealt_BTJ[b, t, j], :, unseen] = 1e3
-    return [*arrays, length_B, age_BT, table_BTJ.astype(np.int32)]
+    length_UP = np.linspace(0, S, B).round().astype(np.int32).reshape(U, P)
+    prompt_UT = rng.integers(0, P, (U, C))
+    age_UT = (np.arange(B * T, dtype=np.int32) * 7 % (J * W + 1)).reshape(U, C)
+    dealt_UTJ = np.stack([rng.permutation(Z)[:-1] for _ in range(U)]).reshape(U, C, J)
+    table_UTJ = np.where(np.arange(J) <= age_UT[..., None] // W, dealt_UTJ, NOWHERE)
+    for u, p in np.ndindex(U, P):
+        prompt_k[u, p, :, length_UP[u, p] :] = prompt_v[u, p, :, length_UP[u, p] :] = 1e3
+    for u, t, j in np.ndindex(U, C, J):
+        # What is at its age is about to be replaced.
+        unseen = slice(max(age_UT[u, t] - j * W, 0), None)
+        own_k[u, dealt_UTJ[u, t, j], :, unseen] = own_v[u, dealt_UTJ[u, t, j], :, unseen] = 1e3
+    return [*arrays, length_UP, prompt_UT.astype(np.int32), age_UT, table_UTJ.astype(np.int32)]
 
 
 def running(arrays: list[Any]) -> np.ndarray:
-    """Which slots of an example aren't done, [B, T]."""
+    """Which slots of an example aren't done, [U, T]."""
     return np.asarray(arrays[-2]) < arrays[-1].shape[2] * arrays[5].shape[3]
 
 
@@ -72,11 +75,9 @@ def both(
 
     @jax.jit
     def outs(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
-        *cache, length_B, age_BT, table_BTJ = rest
-        slots = Branches(length_B, age_BT, table_BTJ)
-        seen = Look(length_B[:, None] + age_BT, **look)
-        kept = BranchCache(*(x.astype(dtype) for x in cache))
-        return [step(q, k, v, kept, seen) for step in (slots._kernel, slots._pages)]
+        kept = BranchCache(*(x.astype(dtype) for x in rest[:4]))
+        slots = Branches(*rest[4:])
+        return [step(q, k, v, kept, Look(**look)) for step in (slots._kernel, slots._pages)]
 
     (kernel, ours), (pages, theirs) = jax.tree.map(np.asarray, outs(*arrays))
     for a, b in zip(ours, theirs, strict=True):
@@ -116,7 +117,7 @@ def test_windows_and_a_scale(window: int) -> None:
 @needs_compiler
 def test_every_length_of_a_prompt() -> None:
     arrays = example(33, 1, 1, 3, 32, 32, 16)
-    assert arrays[-3].tolist() == list(range(33))
+    assert arrays[-4].ravel().tolist() == list(range(33))
     np.testing.assert_allclose(*both(arrays), atol=1e-5)
 
 
@@ -138,16 +139,16 @@ def test_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
 @needs_compiler
 def test_a_slot_without_a_page_is_left_out() -> None:
     """Both ways it writes nothing, which `both` compares, and changes nothing for the others."""
-    arrays = example(4, 7, 2, 2, 16, 8, 6)
-    waits = np.arange(28).reshape(4, 7) % 3 == 1
-    waits[1] = True  # all slots of a prompt
-    table_BTJ = arrays[-1].copy()
-    last_BT = np.minimum(arrays[-2] // 6, 2)
-    others = np.take_along_axis(table_BTJ, last_BT[..., None], -1)
+    arrays = example(8, 7, 2, 2, 16, 8, 6)
+    waits = np.arange(56).reshape(4, 14) % 3 == 1
+    waits |= arrays[-3] == np.array([[0], [2], [2], [1]])  # all slots of some prompts
+    table_UTJ = arrays[-1].copy()
+    last_UT = np.minimum(arrays[-2] // 6, 2)
+    others = np.take_along_axis(table_UTJ, last_UT[..., None], -1)
     np.put_along_axis(
-        table_BTJ, last_BT[..., None], np.where(waits[..., None], NOWHERE, others), -1
+        table_UTJ, last_UT[..., None], np.where(waits[..., None], NOWHERE, others), -1
     )
-    full, some = both(arrays), both([*arrays[:-1], table_BTJ])
+    full, some = both(arrays), both([*arrays[:-1], table_UTJ])
     stay = ~waits[running(arrays)]
     assert 0 < stay.sum() < stay.size
     for a, b in zip(full, some, strict=True):
@@ -360,12 +361,11 @@ def test_what_are_no_numbers_draws_something() -> None:
 
 def calls_the_kernel(dtype: str = "float32", **look: float) -> bool:
     """Whether one step of every slot does, of caches in `dtype`."""
-    q, k, v, *cache, length_B, age_BT, table_BTJ = example(2, 3, 1, 2, 8, 4, 5)
-    own = [jnp.asarray(x, dtype) for x in cache]
+    q, k, v, *rest = example(2, 3, 1, 2, 8, 4, 5)
+    own = [jnp.asarray(x, dtype) for x in rest[:4]]
 
     def step() -> jax.Array:
-        slots = Branches(length_B, age_BT, table_BTJ)
-        return slots(q, k, v, BranchCache(*own), Look(**look))[0]
+        return Branches(*rest[4:])(q, k, v, BranchCache(*own), Look(**look))[0]
 
     return cpu_kernels.TARGET in str(jax.make_jaxpr(step)())
 

@@ -333,45 +333,41 @@ def test_grouped_heads_are_shared_heads_repeated() -> None:
 @pytest.mark.parametrize("scan", [True, False])
 @both_families
 def test_cached_branches_equal_the_whole_sequence(family: str, scan: bool) -> None:
-    """Token by token, three slots on each of two prompts, started at different times."""
+    """Token by token, slots of two prompts, four and two, started at different times."""
     config = make_config(family)
     params = make_params(config)
     tokens = random_tokens(2, 7)
     length_P = np.array([7, 4])  # of the questions; the second is padded with other tokens
-    branch_PCT = random_tokens(2, 3, 6, seed=1)
-    branch_PCT[:, :, 0] = tokens[np.arange(2), length_P - 1][:, None]  # repeats the last token
-    expected = {
-        (p, c): run(config, params, np.concatenate([tokens[p, : n - 1], branch_PCT[p, c]])[None])[0]
-        for p, n in enumerate(length_P)
-        for c in range(3)
-    }
+    prompt_C = np.array([0, 1, 0, 0, 1, 0])
+    branch_CT = random_tokens(6, 6, seed=1)
+    branch_CT[:, 0] = tokens[prompt_C, length_P[prompt_C] - 1]  # repeats the last token
+    expected = [
+        run(config, params, np.concatenate([tokens[p, : length_P[p] - 1], branch_T])[None])[0]
+        for p, branch_T in zip(prompt_C, branch_CT, strict=True)
+    ]
     if not scan:
         config, params = transformer.unstack(config, params)
     position_BT = np.tile(np.arange(7), (2, 1))
     context: Any = Packed(causal(7, 2).visible_BTS, keep=True)
     _, kept = apply(config, params, tokens, position_BT, context)
     K, H, L = config.kv_heads, config.head_size, config.layers
-    table_PCJ = np.random.default_rng(0).permutation(13)[:12].reshape(2, 3, 2)
+    table_UCJ = np.random.default_rng(0).permutation(13)[:12].reshape(1, 6, 2)
     stale = jnp.full((1, 13, K, 4, H), 7.0)  # what finished slots left behind
     caches: Any = (
-        BranchCache(*kept, *[jnp.broadcast_to(stale, (L, *stale.shape))] * 2)
+        BranchCache(*(x[:, None] for x in kept), *[jnp.broadcast_to(stale, (L, *stale.shape))] * 2)
         if scan
-        else [BranchCache(*kv, stale, stale) for kv in kept]
+        else [BranchCache(*(x[None] for x in kv), stale, stale) for kv in kept]
     )
-    starts_PC = np.array([[0, 2, 3], [1, 0, 3]])
-    seen = 0
+    starts_C = np.array([0, 1, 2, 3, 0, 3])
     for now in range(6):
-        age_PC = np.maximum(now - starts_PC, 0)
-        token_PC = np.take_along_axis(branch_PCT, age_PC[..., None], -1)[..., 0]
-        context = Branches(*map(jnp.asarray, (length_P - 1, age_PC, table_PCJ)))
-        position_PC = (length_P - 1)[:, None] + age_PC
-        hidden_PCD, caches = apply(config, params, token_PC, position_PC, context, caches)
-        for (p, c), hidden_TD in expected.items():
-            np.testing.assert_allclose(
-                hidden_PCD[p, c], hidden_TD[length_P[p] - 1 + age_PC[p, c]], **CLOSE
-            )
-            seen += 1
-    assert seen == 36
+        age_C = np.maximum(now - starts_C, 0)
+        slots = [x[None] for x in (length_P - 1, prompt_C, age_C)]
+        context = Branches(*map(jnp.asarray, (*slots, table_UCJ)))
+        position_C = length_P[prompt_C] - 1 + age_C
+        token_C = branch_CT[np.arange(6), age_C]
+        hidden_UCD, caches = apply(config, params, token_C[None], position_C[None], context, caches)
+        for c, hidden_TD in enumerate(expected):
+            np.testing.assert_allclose(hidden_UCD[0, c], hidden_TD[position_C[c]], **CLOSE)
 
 
 # Heads

@@ -317,9 +317,9 @@ def test_pages_are_dealt_to_one_slot_each_and_come_back(
         nonlocal waited
         runs.append(run)
         deal(run, orders)
-        dealt = orders.table_PCJ[orders.table_PCJ != NOWHERE].tolist()
+        dealt = orders.table_UCJ[orders.table_UCJ != NOWHERE].tolist()
         assert sorted(dealt + run._free_pages[0]) == list(range(Z))
-        room = W * (orders.table_PCJ != NOWHERE).sum(-1)
+        room = W * (orders.table_UCJ != NOWHERE).sum(-1)
         busy = run._sample >= 0
         has = (room > run._length)[busy]
         waited += (~has).sum()
@@ -823,14 +823,14 @@ def test_caches_that_do_not_fit_are_freed_before_others_are_made(
     collect(engine, requests_of(prompts, range(2)), longest=100)
 
 
-def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
+def test_slots_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
     """Before and after a prefill and a chunk of steps."""
     mesh = make_mesh(2, 2, 2)
     model = config.with_(scan_layers=False)
     sampling = Sampling(0.7, 0, 1.0, MAX_TOKENS, end=0, seed=0, chunk=8, patience=2)
-    pages = sampling.pages(mesh, 16)
+    pages = sampling.pages(mesh, 4)
     with jax.set_mesh(mesh):
-        slots = decode.idle_slots(decode.slot_shapes(model, mesh, 8, 2, 16, pages))
+        slots = decode.idle_slots(decode.slot_shapes(model, mesh, 2, 4, 16, pages))
         initial = transformer.init(config, jax.random.key(0), mesh)
         params = transformer.unstack(config, initial, cast=True)[1]
         prefill, advance = engine_module.programs(model, mesh, sampling)
@@ -838,17 +838,17 @@ def test_rows_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
         length, row = (sharding.to_global(mesh, "B", np.full(4, n, np.int32)) for n in (9, 1))
         slots = prefill(params, slots, tokens, length, row)
         orders = jax.tree.map(
-            lambda x: sharding.to_global(mesh, "PC" + "S" * (x.ndim - 2), x),
-            decode.no_orders(8, 2, pages.J),
+            lambda x: sharding.to_global(mesh, "UC" + "S" * (x.ndim - 2), x),
+            decode.no_orders(4, 4, pages.J),
         )
         grammar = jnp.zeros((model.vocab_size, engine_module.GRAMMAR), jnp.int32)
         slots, _ = advance(params, slots, orders, grammar)
     for cache in slots.caches:
-        for x in cache:  # P or U over data and fsdp, K over tensor
+        for x in cache:  # U over data and fsdp, K over tensor
             assert x.sharding.shard_shape(x.shape)[0] == x.shape[0] // 4
             assert math.prod(x.sharding.shard_shape(x.shape)) == x.size // 8
-    assert slots.status_PC.sharding.shard_shape((8, 2)) == (2, 2)
-    np.testing.assert_array_equal(slots.prompt_length_P, [0, 8] * 4)  # one of each device's two
+    assert slots.status_UC.sharding.shard_shape((4, 4)) == (1, 4)
+    np.testing.assert_array_equal(slots.prompt_length_UP, [[0, 8]] * 4)
 
 
 def test_asked_to_end_it_stops_between_chunks(mesh, config, params, tokenizer, prompts) -> None:

@@ -2,7 +2,8 @@
 
 `Packed` is a whole sequence seeing itself (training, scoring, and the prompt of the sampler).
 `Branches` is one new token for each slot of the sampler, which sees its prompt, stored once for all
-slots of the prompt, and its own branch.
+slots that have it, and its own branch. Slots lie in pools, one for each device of rows: what a slot
+sees is in its own.
 
 A branch lies in pages, of which the slots of a device share fewer than all would need if all were
 as long as they may get: most completions are much shorter, and a step must read all that is kept,
@@ -21,14 +22,15 @@ import jax.numpy as jnp
 from gsm_verifier import sharding
 from gsm_verifier.model import cpu_kernels
 from gsm_verifier.model.config import ModelConfig
-from gsm_verifier.model.cpu_kernels import PAGES, SHARED
+from gsm_verifier.model.cpu_kernels import NEW, PAGES, PROMPTS, SLOTS
 
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
 LEAST_BLOCK = 32
 HIDDEN = -1e30  # a finite "never": a row that sees nothing must not become NaN
 NOWHERE = 2**30  # in a table of pages: there is none
-OWN = "BTKSH"  # keys and values of each query's own
-CACHE = (SHARED, SHARED, PAGES, PAGES)  # of a layer in the sampler
+CROWD = 4  # most slots that have one prompt, for each that a prompt has in the mean
+SHARED, OWN = "BKSH", "BTKSH"  # keys and values of all queries of a row, or of each query's own
+CACHE = (PROMPTS, PROMPTS, PAGES, PAGES)  # of a layer in the sampler
 
 
 def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -214,34 +216,46 @@ def kept(config: ModelConfig, mesh: jax.sharding.Mesh) -> str:
 
 
 class BranchCache(NamedTuple):
-    """One layer's keys and values in the sampler: B prompts, and U pools of Z pages, each for the
-    slots of as many prompts."""
+    """One layer's keys and values in the sampler: of U pools, each with P prompts and Z pages."""
 
-    prompt_k_BKSH: jax.Array
-    prompt_v_BKSH: jax.Array
+    prompt_k_UPKSH: jax.Array
+    prompt_v_UPKSH: jax.Array
     own_k_UZKWH: jax.Array
     own_v_UZKWH: jax.Array
 
 
-def page_at(table_BTJ: jax.Array, age_BT: jax.Array, W: int) -> jax.Array:
-    """The page of W positions that holds what is at an age: [B, T], or NOWHERE."""
-    page_BT1 = jnp.take_along_axis(
-        table_BTJ, age_BT[..., None] // W, -1, mode="fill", fill_value=NOWHERE
+def most_slots(prompts: int, slots: int) -> int:
+    """M: how many of a pool's slots may have the same prompt."""
+    return min(slots, CROWD * -(-slots // prompts))
+
+
+def page_at(table_UTJ: jax.Array, age_UT: jax.Array, W: int) -> jax.Array:
+    """The page of W positions that holds what is at an age: [U, T], or NOWHERE."""
+    page_UT1 = jnp.take_along_axis(
+        table_UTJ, age_UT[..., None] // W, -1, mode="fill", fill_value=NOWHERE
     )
-    return page_BT1[..., 0]
+    return page_UT1[..., 0]
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0, None))
-def _rows(x_UN: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
+def rows_of(x_UN: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
     """Of each pool's rows those of an index, or `otherwise` where that is past the end."""
     return x_UN.at[index].get(mode="fill", fill_value=otherwise)
 
 
 @functools.partial(jax.vmap, in_axes=(0, None))
-def _owner(table_UTJ: jax.Array, Z: int) -> jax.Array:
-    """Whose each of Z pages is: t * J + j of the table, or T * J for nobody's."""
-    count = table_UTJ.size
-    return jnp.full(Z, count).at[table_UTJ.ravel()].set(jnp.arange(count), mode="drop")
+def _inverse(place_UN: jax.Array, places: int) -> jax.Array:
+    """What is at each place: the index of who says so, or their number where nobody does."""
+    count = place_UN.size
+    return jnp.full(places, count).at[place_UN.ravel()].set(jnp.arange(count), mode="drop")
+
+
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+def _seats(prompt_UT: jax.Array, P: int, M: int) -> jax.Array:
+    """A seat for each slot at its prompt, p * M + m; NOWHERE for one that has none, or no room."""
+    sits_TP = prompt_UT[:, None] == jnp.arange(P)
+    m_T = ((jnp.cumsum(sits_TP, 0) - 1) * sits_TP).sum(1)
+    return jnp.where(sits_TP.any(1) & (m_T < M), prompt_UT * M + m_T, NOWHERE)
 
 
 @jax.vmap
@@ -255,50 +269,55 @@ def _write(pages_UZKWH: Any, page_UT: Any, at_UT: Any, new_UTKH: Any) -> jax.Arr
 @dataclass(frozen=True)
 class Branches:
     """One step of every slot. A slot writes at its own age, so that neither the other slots nor the
-    moment it started can change its numbers.
+    moment it started can change its numbers. Rows B are pools here, and their positions T slots.
 
     Attributes:
-      table_BTJ: int32, a slot's pages in its pool, in order, or NOWHERE. A slot without one for its
+      prompt_UT: int32, which of its pool's prompts a slot has; `most_slots` have the same, or less.
+      table_UTJ: int32, a slot's pages in its pool, in order, or NOWHERE. A slot without one for its
         age is left out: it writes nothing, and what it gets says nothing.
     """
 
-    prompt_length_B: jax.Array
-    age_BT: jax.Array
-    table_BTJ: jax.Array
+    prompt_length_UP: jax.Array
+    prompt_UT: jax.Array
+    age_UT: jax.Array
+    table_UTJ: jax.Array
+
+    def _slots(self) -> tuple[jax.Array, ...]:
+        return self.prompt_length_UP, self.prompt_UT, self.age_UT, self.table_UTJ
 
     def __call__(
         self,
-        q_BTKGH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
+        q_UTKGH: jax.Array,
+        k_UTKH: jax.Array,
+        v_UTKH: jax.Array,
         cache: BranchCache,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, BranchCache]:
         step = self._kernel if by_kernel(look.attention, look.cap) else self._pages
-        return step(q_BTKGH, k_BTKH, v_BTKH, cache, look)
+        return step(q_UTKGH, k_UTKH, v_UTKH, cache, look)
 
     def _kernel(
         self,
-        q_BTKGH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
+        q_UTKGH: jax.Array,
+        k_UTKH: jax.Array,
+        v_UTKH: jax.Array,
         cache: BranchCache,
         look: Look,
     ) -> tuple[jax.Array, BranchCache]:
         """Attention that reads only what a slot sees, of each device's slots and heads."""
         window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
-        q, k, v = (x.astype(cache.own_k_UZKWH.dtype) for x in (q_BTKGH, k_BTKH, v_BTKH))
+        q, k, v = (x.astype(cache.own_k_UZKWH.dtype) for x in (q_UTKGH, k_UTKH, v_UTKH))
         scale = look.scale or q.shape[-1] ** -0.5
-        slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
-        out, own_k, own_v = cpu_kernels.decode_attention(q, k, v, *cache, *slots, window, scale)
+        step = cpu_kernels.decode_attention
+        out, own_k, own_v = step(q, k, v, *cache, *self._slots(), window, scale)
         cache = cache._replace(own_k_UZKWH=own_k, own_v_UZKWH=own_v)
-        return out.astype(q_BTKGH.dtype), cache
+        return out.astype(q_UTKGH.dtype), cache
 
     def _pages(
         self,
-        q_BTKGH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
+        q_UTKGH: jax.Array,
+        k_UTKH: jax.Array,
+        v_UTKH: jax.Array,
         cache: BranchCache,
         look: Look,
     ) -> tuple[jax.Array, BranchCache]:
@@ -306,64 +325,71 @@ class Branches:
         windows = () if look.window is None else (jnp.asarray(look.window),)
 
         def step(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-            caches, (length, age, table), window = rest[:4], rest[4:7], rest[7:]
-            seen = look._replace(position_BT=length[:, None] + age, window=(*window, None)[0])
-            slots = Branches(length, age, table)
-            return slots._look_over_pages(q, k, v, BranchCache(*caches), seen)
+            caches, slots, window = rest[:4], rest[4:8], rest[8:]
+            seen = look._replace(window=(*window, None)[0])
+            return Branches(*slots)._look_over_pages(q, k, v, BranchCache(*caches), seen)
 
-        new = (cpu_kernels.Q, cpu_kernels.KV, cpu_kernels.KV)
-        slots = (self.prompt_length_B, self.age_BT, self.table_BTJ)
-        letters = (*new, *CACHE, "B", "BT", "BTJ", *[""] * len(windows))
-        arrays = (q_BTKGH, k_BTKH, v_BTKH, *cache, *slots, *windows)
-        out = (cpu_kernels.Q, BranchCache(*CACHE))
-        return sharding.local(step, letters, out, *arrays)
+        letters = (*NEW, *CACHE, *SLOTS, *[""] * len(windows))
+        arrays = (q_UTKGH, k_UTKH, v_UTKH, *cache, *self._slots(), *windows)
+        return sharding.local(step, letters, (NEW[0], BranchCache(*CACHE)), *arrays)
 
     def _look_over_pages(
         self,
-        q_BTKGH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
+        q_UTKGH: jax.Array,
+        k_UTKH: jax.Array,
+        v_UTKH: jax.Array,
         cache: BranchCache,
         look: Look,
     ) -> tuple[jax.Array, BranchCache]:
         words = (look.scale, look.cap)
-        prompt_S = jnp.arange(cache.prompt_k_BKSH.shape[2])
-        in_prompt = look.near(prompt_S < self.prompt_length_B[:, None, None], prompt_S)
-        in_prompt = in_prompt[:, None, :, None]
-        prompt = part(q_BTKGH, SHARED, cache.prompt_k_BKSH, cache.prompt_v_BKSH, in_prompt, *words)
+        U, P, _, S, _ = cache.prompt_k_UPKSH.shape
+        Z, W = cache.own_k_UZKWH.shape[1], cache.own_k_UZKWH.shape[3]
+        T, J = self.table_UTJ.shape[1:]
+        length_UT = rows_of(self.prompt_length_UP, self.prompt_UT, 0)
+        position_UT = length_UT + self.age_UT
 
-        # From here on T are all slots of a pool.
-        U, Z, _, W, _ = cache.own_k_UZKWH.shape
-        length_BT = jnp.broadcast_to(self.prompt_length_B[:, None], self.age_BT.shape)
-        q_UTKGH, k_UTKH, v_UTKH, length_UT, age_UT, table_UTJ = (
-            x.reshape(U, -1, *x.shape[2:])
-            for x in (q_BTKGH, k_BTKH, v_BTKH, length_BT, self.age_BT, self.table_BTJ)
-        )
-        place = (page_at(table_UTJ, age_UT, W), age_UT % W)
+        page_UT = page_at(self.table_UTJ, self.age_UT, W)
+
+        # Every prompt is looked over by the queries of the slots that have it.
+        M = most_slots(P, T)
+        seat_UT = _seats(jnp.where(page_UT == NOWHERE, NOWHERE, self.prompt_UT), P, M)
+        slot_UN = _inverse(seat_UT, P * M)
+
+        def seated(x_UT: jax.Array) -> jax.Array:
+            return rows_of(x_UT, slot_UN, 0).reshape(U * P, M, *x_UT.shape[2:])
+
+        prompt_S = jnp.arange(S)
+        theirs = look._replace(position_BT=seated(position_UT))
+        length_B = self.prompt_length_UP.reshape(U * P)
+        in_prompt = theirs.near(prompt_S < length_B[:, None, None], prompt_S)
+        kv = (x.reshape(U * P, *x.shape[2:]) for x in (cache.prompt_k_UPKSH, cache.prompt_v_UPKSH))
+        prompts = part(seated(q_UTKGH), SHARED, *kv, in_prompt[:, None, :, None], *words)
+
+        # And every page by the query of the slot whose it is.
+        place = (page_UT, self.age_UT % W)
         cache = cache._replace(
             own_k_UZKWH=_write(cache.own_k_UZKWH, *place, k_UTKH),
             own_v_UZKWH=_write(cache.own_v_UZKWH, *place, v_UTKH),
         )
-        # Every page is looked over by the query of the slot whose it is.
-        J = table_UTJ.shape[2]
-        owner_UZ = _owner(table_UTJ, Z)
+        owner_UZ = _inverse(self.table_UTJ, Z)
         slot_UZ = owner_UZ // J
-        q_UZKGH = _rows(q_UTKGH, slot_UZ, 0)
-        age_UZ, length_UZ = _rows(age_UT, slot_UZ, -1), _rows(length_UT, slot_UZ, 0)
+        age_UZ, length_UZ = rows_of(self.age_UT, slot_UZ, -1), rows_of(length_UT, slot_UZ, 0)
         at_UZW = (owner_UZ % J * W)[..., None] + jnp.arange(W)
         theirs = look._replace(position_BT=length_UZ + age_UZ)
         in_page = theirs.near(at_UZW <= age_UZ[..., None], length_UZ[..., None] + at_UZW)
-        in_page = in_page[:, None, :, None]
-        pages = part(q_UZKGH, OWN, cache.own_k_UZKWH, cache.own_v_UZKWH, in_page, *words)
+        kv = (cache.own_k_UZKWH, cache.own_v_UZKWH)
+        pages = part(rows_of(q_UTKGH, slot_UZ, 0), OWN, *kv, in_page[:, None, :, None], *words)
 
-        def mine(j: int) -> Part:
-            """What each slot gets of its page j. One array for all pages would have J of them a
-            slot, most of them nowhere."""
+        def mine(parts: Part, where_UT: jax.Array) -> Part:
+            """What each slot gets of a part that is its own. One array for all pages would have J
+            of them a slot, most of them nowhere."""
 
-            def take(own: jax.Array, shared: jax.Array, nothing: float) -> jax.Array:
-                return _rows(own, table_UTJ[..., j], nothing).reshape(shared.shape)
+            def take(x: jax.Array, shape: tuple[int, ...], nothing: float) -> jax.Array:
+                return rows_of(x.reshape(U, -1, *shape), where_UT, nothing)
 
-            return jax.tree.map(take, pages, prompt, Part(HIDDEN, 0.0, 0.0))
+            K, G, H = q_UTKGH.shape[2:]
+            shapes = Part((K, G), (K, G), (K, G, H))
+            return Part(*map(take, parts, shapes, Part(HIDDEN, 0.0, 0.0)))
 
-        whole = softmax(union([prompt, *map(mine, range(J))]))
-        return whole.astype(q_BTKGH.dtype), cache
+        seen = [mine(prompts, seat_UT), *(mine(pages, self.table_UTJ[..., j]) for j in range(J))]
+        return softmax(union(seen)).astype(q_UTKGH.dtype), cache

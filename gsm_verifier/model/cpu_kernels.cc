@@ -371,74 +371,76 @@ void Hide(float* row, Size from, Size to) {
 
 template <typename E>
 struct Decode {
-  Size B, T, K, G, H, S, U, Z, W, J;
+  Size U, T, K, G, H, P, S, Z, W, J;
   float scale;
-  const E *q_BTKGH, *k_BTKH, *v_BTKH, *prompt_k_BKSH, *prompt_v_BKSH;
-  E *own_k_UZKWH, *own_v_UZKWH, *out_BTKGH;
-  const int32_t *length_B, *age_BT, *table_BTJ, *window;
+  const E *q_UTKGH, *k_UTKH, *v_UTKH, *prompt_k_UPKSH, *prompt_v_UPKSH;
+  E *own_k_UZKWH, *own_v_UZKWH, *out_UTKGH;
+  const int32_t *length_UP, *prompt_UT, *age_UT, *table_UTJ, *window;
 
-  // Slot t of prompt b has all pages it needs up to its age; one that is done may have the age J * W.
-  bool Runs(Size b, Size t) const {
-    const Size slot = b * T + t, last = age_BT[slot] / W;
-    const int32_t* const table = table_BTJ + slot * J;
-    return last < J && std::all_of(table, table + last + 1,
-                                   [this](Size page) { return page >= 0 && page < Z; });
+  // Slot t of a pool has all pages it needs up to its age; one that is done may have the age J * W.
+  bool Runs(Size u, Size t) const {
+    const Size slot = u * T + t, last = age_UT[slot] / W, prompt = prompt_UT[slot];
+    const int32_t* const table = table_UTJ + slot * J;
+    return prompt >= 0 && prompt < P && last < J &&
+           std::all_of(table, table + last + 1, [this](Size page) { return page >= 0 && page < Z; });
   }
 
-  // Where in the pages that is which slot t of prompt b has at a position, of head k.
-  Size Place(Size b, Size t, Size k, Size at) const {
-    const Size pool = b / (B / U), page = table_BTJ[(b * T + t) * J + at / W];
-    return (((pool * Z + page) * K + k) * W + at % W) * H;
+  // Where in the pages that is which slot t of a pool has at a position, of head k.
+  Size Place(Size u, Size t, Size k, Size at) const {
+    const Size page = table_UTJ[(u * T + t) * J + at / W];
+    return (((u * Z + page) * K + k) * W + at % W) * H;
   }
 
   // work(where its keys or values lie, how many, which of the slot's they are) of each page from a
   // position to another.
   template <typename Work>
-  void Pages(Size b, Size t, Size k, Size from, Size to, Work work) const {
+  void Pages(Size u, Size t, Size k, Size from, Size to, Work work) const {
     for (Size at = from, end; at < to; at = end) {
       end = std::min((at / W + 1) * W, to);
-      work(Place(b, t, k, at), end - at, at - from);
+      work(Place(u, t, k, at), end - at, at - from);
     }
   }
 
-  // The first of its own positions that slot t of prompt b sees.
-  Size First(Size b, Size t) const {
-    return *window ? std::max<Size>(age_BT[b * T + t] + 1 - *window, 0) : 0;
+  // The first of its own positions that slot t of a pool sees.
+  Size First(Size u, Size t) const {
+    return *window ? std::max<Size>(age_UT[u * T + t] + 1 - *window, 0) : 0;
   }
 
-  // All slots of prompt b, for key/value head k.
+  // All slots of one of the prompts, for key/value head k.
   void operator()(Size b, Size k) const {
+    const Size u = b / P;
     std::vector<Size> slots;
     for (Size t = 0; t < T; ++t)
-      if (Runs(b, t))
+      if (!Runs(u, t)) {
+        if (b % P == 0) std::fill_n(out_UTKGH + ((u * T + t) * K + k) * G * H, G * H, E{});
+      } else if (prompt_UT[u * T + t] == b % P) {
         slots.push_back(t);
-      else
-        std::fill_n(out_BTKGH + ((b * T + t) * K + k) * G * H, G * H, E{});
+      }
     const Size count = slots.size(), rows = count * G;
     if (!count) return;
-    const Size length = std::clamp<Size>(length_B[b], 0, S), prompt = Padded(length);
+    const Size length = std::clamp<Size>(length_UP[b], 0, S), prompt = Padded(length);
     const Size prompt_at = (b * K + k) * S * H;
     Room<float> floats;
     const Matrix y = floats(rows, H), logits = floats(rows, prompt);
     const Matrix own = floats(G, Padded(J * W) + kLanes), total = floats(rows, 1);
     const Matrix q = Along<float>(
-        [&](Size row) { return q_BTKGH + (((b * T + slots[row / G]) * K + k) * G + row % G) * H; },
+        [&](Size row) { return q_UTKGH + (((u * T + slots[row / G]) * K + k) * G + row % G) * H; },
         rows, H, floats(rows, H));
-    const Matrix k_HS = Turned<float>([&](Size s) { return prompt_k_BKSH + prompt_at + s * H; },
+    const Matrix k_HS = Turned<float>([&](Size s) { return prompt_k_UPKSH + prompt_at + s * H; },
                                       length, H, floats(H, prompt));
     for (Size i = 0; i < rows * H; ++i) q.data[i] *= scale;
     Multiply(q, k_HS, logits, rows, H, prompt, false);
 
     for (Size i = 0; i < count; ++i) {
-      const Size t = slots[i], slot = (b * T + t) * K + k, age = age_BT[b * T + t];
+      const Size t = slots[i], slot = (u * T + t) * K + k, age = age_UT[u * T + t];
       const Size reach = *window ? *window : length + age + 1;
-      const Size from = First(b, t), size = age + 1 - from;
-      const Size place = Place(b, t, k, age);
-      std::copy_n(k_BTKH + slot * H, H, own_k_UZKWH + place);
-      std::copy_n(v_BTKH + slot * H, H, own_v_UZKWH + place);
-      const Size next = slots[std::min(i + 1, count - 1)], next_age = age_BT[b * T + next];
-      Pages(b, t, k, from, age + 1, [&](Size keys, Size positions, Size at) {
-        const Size theirs = Place(b, next, k, std::min(from + at, next_age));
+      const Size from = First(u, t), size = age + 1 - from;
+      const Size place = Place(u, t, k, age);
+      std::copy_n(k_UTKH + slot * H, H, own_k_UZKWH + place);
+      std::copy_n(v_UTKH + slot * H, H, own_v_UZKWH + place);
+      const Size next = slots[std::min(i + 1, count - 1)], next_age = age_UT[u * T + next];
+      Pages(u, t, k, from, age + 1, [&](Size keys, Size positions, Size at) {
+        const Size theirs = Place(u, next, k, std::min(from + at, next_age));
         // Ask for the next slot's meanwhile, a little at a time: they lie anywhere, and the processor
         // would wait for them. What lies after them is nobody's harm.
         const auto prefetch = [&](Size position) {
@@ -459,16 +461,16 @@ struct Decode {
         const float top = Top(own.row(g), Padded(size), Top(shared, prompt, kHidden));
         *total.row(i * G + g) = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
       }
-      Pages(b, t, k, from, age + 1, [&](Size values, Size positions, Size at) {
+      Pages(u, t, k, from, age + 1, [&](Size values, Size positions, Size at) {
         Multiply(Matrix{own.data + at, own.stride}, MatrixOf<E>{own_v_UZKWH + values, H},
                  Matrix{y.row(i * G), H}, G, positions, H, at > 0);
       });
     }
 
-    Multiply(logits, MatrixOf<const E>{prompt_v_BKSH + prompt_at, H}, y, rows, length, H, true);
+    Multiply(logits, MatrixOf<const E>{prompt_v_UPKSH + prompt_at, H}, y, rows, length, H, true);
     for (Size i = 0; i < count; ++i)
       for (Size g = 0; g < G; ++g) {
-        E* const out = out_BTKGH + (((b * T + slots[i]) * K + k) * G + g) * H;
+        E* const out = out_UTKGH + (((u * T + slots[i]) * K + k) * G + g) * H;
         const float sum = *total.row(i * G + g);
         for (Size h = 0; h < H; ++h) Put(out + h, y.row(i * G + g)[h] / sum);
       }
@@ -771,21 +773,22 @@ using Mask = Of<ffi::PRED, 3>;
 
 template <ffi::DataType type>
 ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
-                     Of<type, 4> prompt_k, Of<type, 4> prompt_v, Of<type, 5> own_k,
-                     Of<type, 5> own_v, Int32s<1> length, Int32s<2> age, Int32s<3> table,
-                     Int32s<0> window,
+                     Of<type, 5> prompt_k, Of<type, 5> prompt_v, Of<type, 5> own_k,
+                     Of<type, 5> own_v, Int32s<2> length, Int32s<2> prompt, Int32s<2> age,
+                     Int32s<3> table, Int32s<0> window,
                      ffi::Result<Of<type, 5>> out, ffi::Result<Of<type, 5>> new_k,
                      ffi::Result<Of<type, 5>> new_v, float scale, int64_t) {
   if (new_k->typed_data() != own_k.typed_data() || new_v->typed_data() != own_v.typed_data())
     return ffi::Error::Internal("the caches must be updated in place");
-  const auto d = q.dimensions(), pages = own_k.dimensions();
+  const auto d = q.dimensions(), prompts = prompt_k.dimensions(), pages = own_k.dimensions();
   const Decode<ffi::NativeType<type>> step{
-      d[0], d[1], d[2], d[3], d[4], prompt_k.dimensions()[2], pages[0], pages[1],
-      pages[3], table.dimensions()[2], scale,
+      d[0], d[1], d[2], d[3], d[4], prompts[1], prompts[3], pages[1], pages[3],
+      table.dimensions()[2], scale,
       q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
       prompt_v.typed_data(), new_k->typed_data(), new_v->typed_data(), out->typed_data(),
-      length.typed_data(), age.typed_data(), table.typed_data(), window.typed_data()};
-  Share(pool, step.B, step.K, step);
+      length.typed_data(), prompt.typed_data(), age.typed_data(), table.typed_data(),
+      window.typed_data()};
+  Share(pool, step.U * step.P, step.K, step);
   return ffi::Error::Success();
 }
 
@@ -793,18 +796,19 @@ template <ffi::DataType type>
 auto DecodeBinding() {
   return ffi::Ffi::Bind()
       .template Ctx<ffi::ThreadPool>()
-      .template Arg<Of<type, 5>>()  // q_BTKGH
-      .template Arg<Of<type, 4>>()  // k_BTKH
-      .template Arg<Of<type, 4>>()  // v_BTKH
-      .template Arg<Of<type, 4>>()  // prompt_k_BKSH
-      .template Arg<Of<type, 4>>()  // prompt_v_BKSH
+      .template Arg<Of<type, 5>>()  // q_UTKGH
+      .template Arg<Of<type, 4>>()  // k_UTKH
+      .template Arg<Of<type, 4>>()  // v_UTKH
+      .template Arg<Of<type, 5>>()  // prompt_k_UPKSH
+      .template Arg<Of<type, 5>>()  // prompt_v_UPKSH
       .template Arg<Of<type, 5>>()  // own_k_UZKWH
       .template Arg<Of<type, 5>>()  // own_v_UZKWH
-      .template Arg<Int32s<1>>()    // prompt_length_B
-      .template Arg<Int32s<2>>()    // age_BT
-      .template Arg<Int32s<3>>()    // table_BTJ
+      .template Arg<Int32s<2>>()    // prompt_length_UP
+      .template Arg<Int32s<2>>()    // prompt_UT
+      .template Arg<Int32s<2>>()    // age_UT
+      .template Arg<Int32s<3>>()    // table_UTJ
       .template Arg<Int32s<0>>()    // window, 0 for none
-      .template Ret<Of<type, 5>>()  // out_BTKGH
+      .template Ret<Of<type, 5>>()  // out_UTKGH
       .template Ret<Of<type, 5>>()  // own_k_UZKWH
       .template Ret<Of<type, 5>>()  // own_v_UZKWH
       .template Attr<float>("scale")
@@ -902,10 +906,10 @@ ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_float32, RunDraw,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats<3>>()   // logits_PCV
-                                  .Arg<Floats<2>>()   // uniform_PC
-                                  .Ret<Int32s<2>>()   // token_PC
-                                  .Ret<Floats<2>>()   // log_total_PC
+                                  .Arg<Floats<3>>()   // logits_UCV
+                                  .Arg<Floats<2>>()   // uniform_UC
+                                  .Ret<Int32s<2>>()   // token_UC
+                                  .Ret<Floats<2>>()   // log_total_UC
                                   .Attr<float>("coldness")
                                   .Attr<int64_t>("text_size")
                                   .Attr<int64_t>("flops"));

@@ -113,7 +113,9 @@ def available() -> bool:
 
 Q, KV, SEEN = "BTKGH", "BTKH", "BTS"  # the dimensions of queries, of keys and values, of a mask
 TOTAL = "BTKG"  # of the logarithm of the sum of a query's weights
-SHARED, PAGES = "BKSH", "UZKWH"  # keys and values of a prompt, and of pages of branches
+PROMPTS, PAGES = "UPKSH", "UZKWH"  # keys and values of prompts, and of pages of branches
+NEW = ("UTKGH", "UTKH", "UTKH")  # queries, keys and values of slots
+SLOTS = ("UP", "UT", "UT", "UTJ")  # lengths of prompts; of slots the prompt, age and pages
 
 
 def _call(
@@ -145,54 +147,49 @@ def _call(
 
 
 def _decode_flops(*parts: Any) -> int:
-    """Of all slots with all of the prompt, and of all pages."""
-    q_BTKGH, prompt_BKSH, pages_UZKWH = parts[0], parts[3], parts[5]
-    return 4 * (q_BTKGH.size * prompt_BKSH.shape[2] + q_BTKGH.shape[3] * pages_UZKWH.size)
+    """Of all slots with all of a prompt, and of all pages."""
+    q_UTKGH, prompt_UPKSH, pages_UZKWH = parts[0], parts[3], parts[5]
+    return 4 * (q_UTKGH.size * prompt_UPKSH.shape[3] + q_UTKGH.shape[3] * pages_UZKWH.size)
 
 
 def decode_attention(
-    q_BTKGH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    prompt_k_BKSH: jax.Array,
-    prompt_v_BKSH: jax.Array,
+    q_UTKGH: jax.Array,
+    k_UTKH: jax.Array,
+    v_UTKH: jax.Array,
+    prompt_k_UPKSH: jax.Array,
+    prompt_v_UPKSH: jax.Array,
     own_k_UZKWH: jax.Array,
     own_v_UZKWH: jax.Array,
-    prompt_length_B: jax.Array,
-    age_BT: jax.Array,
-    table_BTJ: jax.Array,
+    prompt_length_UP: jax.Array,
+    prompt_UT: jax.Array,
+    age_UT: jax.Array,
+    table_UTJ: jax.Array,
     window: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, ...]:
     """What each slot, whose own positions are 0 to its age, sees in its prompt and its branch.
 
     Args:
-      q_BTKGH: of one of `DTYPES`, which all keys and values, and the result, have too.
-      k_BTKH, v_BTKH: the key and value at a slot's age, which aren't in its branch yet.
-      table_BTJ: a slot's pages, in the pool of its prompt, of which there are U for as many prompts
-        each; without all pages up to its age, it is left out, and gets 0.
+      q_UTKGH: of one of `DTYPES`, which all keys and values, and the result, have too.
+      k_UTKH, v_UTKH: the key and value at a slot's age, which aren't in its branch yet.
+      prompt_UT: which of its pool's prompts a slot has.
+      table_UTJ: a slot's pages in its pool; without all pages up to its age, it is left out, and
+        gets 0.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
       scale: of the logits.
 
     Returns:
-      That, [B, T, K, G, H], and the pages with the new keys and values, the same arrays.
+      That, [U, T, K, G, H], and the pages with the new keys and values, the same arrays.
     """
+    slots = (prompt_length_UP, prompt_UT, age_UT, table_UTJ)
     return _call(
         "decode",
-        (Q, KV, KV, SHARED, SHARED, PAGES, PAGES, "B", "BT", "BTJ", ""),
-        (Q, PAGES, PAGES),
+        (*NEW, PROMPTS, PROMPTS, PAGES, PAGES, *SLOTS, ""),
+        (NEW[0], PAGES, PAGES),
         lambda *parts: (parts[0], parts[5], parts[6]),
         _decode_flops,
-        q_BTKGH,
-        k_BTKH,
-        v_BTKH,
-        prompt_k_BKSH,
-        prompt_v_BKSH,
-        own_k_UZKWH,
-        own_v_UZKWH,
-        prompt_length_B.astype(jnp.int32),
-        age_BT.astype(jnp.int32),
-        table_BTJ.astype(jnp.int32),
+        *(q_UTKGH, k_UTKH, v_UTKH, prompt_k_UPKSH, prompt_v_UPKSH, own_k_UZKWH, own_v_UZKWH),
+        *(x.astype(jnp.int32) for x in slots),
         window,
         dtype=own_k_UZKWH.dtype,
         aliases={5: 1, 6: 2},
@@ -246,22 +243,22 @@ def _backwards(scale: float, kept: tuple[jax.Array, ...], d_out: jax.Array) -> t
 whole_attention.defvjp(_forwards, _backwards)
 
 
-def draw(logits_PCV: jax.Array, uniform_PC: jax.Array, temperature: float, text_size: int) -> Any:
-    """(tokens drawn, [P, C]; logarithm of the sum of the exponentials of the logits, [P, C]).
+def draw(logits_UCV: jax.Array, uniform_UC: jax.Array, temperature: float, text_size: int) -> Any:
+    """(tokens drawn, [U, C]; logarithm of the sum of the exponentials of the logits, [U, C]).
 
     Args:
-      logits_PCV: float32; each device must have its slots' whole vocabulary.
-      uniform_PC: from 0 to 1, float32. temperature: 0 takes the likeliest.
+      logits_UCV: float32; each device must have its slots' whole vocabulary.
+      uniform_UC: from 0 to 1, float32. temperature: 0 takes the likeliest.
       text_size: of the vocabulary; what lies beyond isn't looked at.
     """
     return _call(
         "draw",
-        ("PCV", "PC"),
-        ("PC", "PC"),
+        ("UCV", "UC"),
+        ("UC", "UC"),
         lambda _, uniform: (jax.ShapeDtypeStruct(uniform.shape, jnp.int32), uniform),
         lambda logits, _: 4 * logits.size,
-        logits_PCV,
-        uniform_PC,
+        logits_UCV,
+        uniform_UC,
         dtype=jnp.dtype(jnp.float32),
         coldness=np.float32(1 / temperature if temperature else 0),
         text_size=np.int64(text_size),

@@ -1,10 +1,10 @@
 """The device side of the sampler: every slot takes one token a step, under one jit.
 
-P prompts are in flight, each with C slots; a slot grows one completion. A prompt's keys and values
-are computed and stored once for all its slots; those of a completion lie in pages, which the host
-deals out to the slots of a device as they grow. A slot that needs a page and has none waits. The
-device sees token ids and small integer tables only; when an annotation's `=` has come (see
-`Tokenizer.grammar`), it stops and asks the host.
+Each of U pools has P prompts in flight and C slots; a slot grows one completion, of any of its
+pool's prompts. A prompt's keys and values are computed and stored once for all slots that have it;
+those of a completion lie in pages, which the host deals out to the slots of a pool as they grow. A
+slot that needs a page and has none waits. The device sees token ids and small integer tables only;
+when an annotation's `=` has come (see `Tokenizer.grammar`), it stops and asks the host.
 
 The key of the token at position t of completion m of problem p is
 `fold_in(fold_in(fold_in(seed, p), m), t)`: which slot grows a completion, beside what, when and
@@ -31,6 +31,7 @@ from gsm_verifier.model.attention import (
     by_kernel,
     kept,
     page_at,
+    rows_of,
 )
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -47,8 +48,8 @@ class Pages(NamedTuple):
     """How the keys and values of completions are kept.
 
     Attributes:
-      U: pools, each for as many prompts. Z: pages of a pool. J: the most that a completion needs.
-      W: positions of each.
+      U: pools, one for each device of rows. Z: pages of a pool. J: the most that a completion
+        needs. W: positions of each.
     """
 
     U: int
@@ -87,110 +88,113 @@ class Sampling:
     page: int = 64
 
     def pages(self, mesh: jax.sharding.Mesh, slots: int) -> Pages:
-        """For all slots on a mesh; in each pool enough for one to come to its end."""
-        U = sharding.row_devices(mesh)
+        """On a mesh, for so many slots of a pool; enough for one of them to come to its end."""
         J = math.ceil(self.max_tokens / self.page)
-        Z = max(J, math.ceil(self.kept_share * (slots // U) * J))
-        return Pages(U, Z, J, math.ceil(self.max_tokens / J))
+        Z = max(J, math.ceil(self.kept_share * slots * J))
+        return Pages(sharding.row_devices(mesh), Z, J, math.ceil(self.max_tokens / J))
 
 
 class Slots(NamedTuple):
     """The whole state of the sampler on the device."""
 
-    caches: list[BranchCache]  # one a layer, with P prompts and the pages that slots share
-    prompt_length_P: jax.Array
-    last_token_P: jax.Array  # of the prompt: the first input of each of its branches
-    status_PC: jax.Array
-    token_PC: jax.Array  # the next input
-    age_PC: jax.Array  # inputs of the branch already in its cache
-    table_PCJ: jax.Array  # its pages in order, or NOWHERE
-    annotation_PC: jax.Array  # state of the annotation grammar
-    problem_PC: jax.Array  # uint32 identity, for the keys
-    sample_PC: jax.Array
-    queue_PCQ: jax.Array  # tokens the calculator forces
-    queued_PC: jax.Array  # how many of them are left; they stand at the end of the queue
+    caches: list[BranchCache]  # one a layer
+    prompt_length_UP: jax.Array
+    last_token_UP: jax.Array  # of the prompt: the first input of each of its branches
+    prompt_UC: jax.Array  # which of its pool's prompts a slot has
+    status_UC: jax.Array
+    token_UC: jax.Array  # the next input
+    age_UC: jax.Array  # inputs of the branch already in its cache
+    table_UCJ: jax.Array  # its pages in order, or NOWHERE
+    annotation_UC: jax.Array  # state of the annotation grammar
+    problem_UC: jax.Array  # uint32 identity, for the keys
+    sample_UC: jax.Array
+    queue_UCQ: jax.Array  # tokens the calculator forces
+    queued_UC: jax.Array  # how many of them are left; they stand at the end of the queue
 
 
 class Orders(NamedTuple):
     """What the host wants before the next step; each array has a row for every slot."""
 
-    start_PC: np.ndarray  # bool: begin completion (problem, sample)
-    stop_PC: np.ndarray  # bool: become idle
-    problem_PC: np.ndarray
-    sample_PC: np.ndarray
-    answer_PC: np.ndarray  # bool: an asking slot goes on ...
-    token_PC: np.ndarray  # ... with this as its last token ...
-    queue_PCQ: np.ndarray  # ... and these forced after it
-    queued_PC: np.ndarray
-    table_PCJ: np.ndarray  # the pages of every slot, or NOWHERE
+    start_UC: np.ndarray  # bool: begin completion (problem, sample), of a prompt
+    stop_UC: np.ndarray  # bool: become idle
+    prompt_UC: np.ndarray
+    problem_UC: np.ndarray
+    sample_UC: np.ndarray
+    answer_UC: np.ndarray  # bool: an asking slot goes on ...
+    token_UC: np.ndarray  # ... with this as its last token ...
+    queue_UCQ: np.ndarray  # ... and these forced after it
+    queued_UC: np.ndarray
+    table_UCJ: np.ndarray  # the pages of every slot, or NOWHERE
 
 
 class Trace(NamedTuple):
     """What the slots wrote since the last look, by step; `steps` of the rows are filled."""
 
     steps: jax.Array
-    active_XPC: jax.Array
-    token_XPC: jax.Array
-    forced_XPC: jax.Array
-    logprob_XPC: jax.Array
-    status_PC: jax.Array
+    active_XUC: jax.Array
+    token_XUC: jax.Array
+    forced_XUC: jax.Array
+    logprob_XUC: jax.Array
+    status_UC: jax.Array
 
 
 def trace_shardings(mesh: jax.sharding.Mesh) -> Trace:
     """Where a Trace lives: every process reads the rows of its own slots."""
-    log = sharding.named(mesh, (None, "P", "C"))
-    return Trace(sharding.named(mesh, ()), log, log, log, log, sharding.named(mesh, "PC"))
+    log = sharding.named(mesh, (None, "U", "C"))
+    return Trace(sharding.named(mesh, ()), log, log, log, log, sharding.named(mesh, "UC"))
 
 
-def no_orders(P: int, C: int, J: int) -> Orders:
+def no_orders(U: int, C: int, J: int) -> Orders:
     """Orders that change nothing but give no slot a page, to be filled in by the host."""
 
     def zeros(dtype: type, *more: int) -> np.ndarray:
-        return np.zeros((P, C, *more), dtype)
+        return np.zeros((U, C, *more), dtype)
 
     return Orders(
-        start_PC=zeros(bool),
-        stop_PC=zeros(bool),
-        problem_PC=zeros(np.uint32),
-        sample_PC=zeros(np.uint32),
-        answer_PC=zeros(bool),
-        token_PC=zeros(np.int32),
-        queue_PCQ=zeros(np.int32, FORCED),
-        queued_PC=zeros(np.int32),
-        table_PCJ=zeros(np.int32, J) + np.int32(NOWHERE),
+        start_UC=zeros(bool),
+        stop_UC=zeros(bool),
+        prompt_UC=zeros(np.int32),
+        problem_UC=zeros(np.uint32),
+        sample_UC=zeros(np.uint32),
+        answer_UC=zeros(bool),
+        token_UC=zeros(np.int32),
+        queue_UCQ=zeros(np.int32, FORCED),
+        queued_UC=zeros(np.int32),
+        table_UCJ=zeros(np.int32, J) + np.int32(NOWHERE),
     )
 
 
 def slot_shapes(
     config: ModelConfig, mesh: jax.sharding.Mesh, P: int, C: int, S: int, pages: Pages
 ) -> Slots:
-    """Shapes and shardings of P prompts of at most S tokens, with C slots each, and pages."""
+    """Shapes and shardings of pools of P prompts of at most S tokens, C slots, and pages each."""
 
     def array(letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
-    K, H, dtype = config.kv_heads, config.head_size, kept(config, mesh)
+    U, K, H, dtype = pages.U, config.kv_heads, config.head_size, kept(config, mesh)
 
-    prompts, own = (P, K, S, H), (pages.U, pages.Z, K, pages.W, H)
+    prompts, own = (U, P, K, S, H), (U, pages.Z, K, pages.W, H)
     shapes = zip(CACHE, (prompts, prompts, own, own), strict=True)
     cache = BranchCache(*(array(letters, dtype, *shape) for letters, shape in shapes))
 
     def slots(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-        return array("PC" + "S" * len(more), dtype, P, C, *more)
+        return array("UC" + "S" * len(more), dtype, U, C, *more)
 
     return Slots(
         caches=[cache] * config.layers,
-        prompt_length_P=array("P", jnp.int32, P),
-        last_token_P=array("P", jnp.int32, P),
-        status_PC=slots(jnp.int32),
-        token_PC=slots(jnp.int32),
-        age_PC=slots(jnp.int32),
-        table_PCJ=slots(jnp.int32, pages.J),
-        annotation_PC=slots(jnp.int32),
-        problem_PC=slots(jnp.uint32),
-        sample_PC=slots(jnp.uint32),
-        queue_PCQ=slots(jnp.int32, FORCED),
-        queued_PC=slots(jnp.int32),
+        prompt_length_UP=array("UP", jnp.int32, U, P),
+        last_token_UP=array("UP", jnp.int32, U, P),
+        prompt_UC=slots(jnp.int32),
+        status_UC=slots(jnp.int32),
+        token_UC=slots(jnp.int32),
+        age_UC=slots(jnp.int32),
+        table_UCJ=slots(jnp.int32, pages.J),
+        annotation_UC=slots(jnp.int32),
+        problem_UC=slots(jnp.uint32),
+        sample_UC=slots(jnp.uint32),
+        queue_UCQ=slots(jnp.int32, FORCED),
+        queued_UC=slots(jnp.int32),
     )
 
 
@@ -219,73 +223,62 @@ def prefill(
     """Compute the prompts' keys and values and put them in rows of the slots.
 
     Args:
-      tokens_BT: prompts padded to the S of the caches; as many for each device of rows.
+      tokens_BT: prompts padded to the S of the caches; one for each pool.
       length_B: their lengths; the last token isn't computed here: every branch starts with it.
-      row_B: which of the rows of its device gets a prompt, from 0 on; none if there aren't so many.
-        Were it a row of any device, all would send all their keys and values to all.
+      row_B: which of its pool's prompts a new one replaces; none if there aren't so many. Were it a
+        row of any pool, all devices would send all their keys and values to all.
     """
     B, T = tokens_BT.shape
-    U = slots.caches[0].own_k_UZKWH.shape[0]
     position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     _, kept = model.apply(params, tokens_BT, position_BT, Packed.causal(B, T, keep=True))
 
-    def apart(x: jax.Array) -> jax.Array:
-        return x.reshape(U, x.shape[0] // U, *x.shape[1:])
-
     @jax.vmap
-    def write(rows: jax.Array, new: jax.Array, row_B: jax.Array) -> jax.Array:
-        return rows.at[row_B].set(new.astype(rows.dtype), mode="drop")
+    def write(rows: jax.Array, new: jax.Array, row: jax.Array) -> jax.Array:
+        return rows.at[row].set(new.astype(rows.dtype), mode="drop")
 
     def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-        letters = "KSH"[: rows.ndim - 1]
-        arrays = [apart(x) for x in (rows, new, row_B)]
-        written = sharding.local(
-            write, [f"UP{letters}", f"UB{letters}", "UB"], f"UP{letters}", *arrays
-        )
-        return written.reshape(rows.shape)
+        letters = "KSH"[: rows.ndim - 2]
+        names = [f"UP{letters}", f"U{letters}", "U"]
+        return sharding.local(write, names, f"UP{letters}", rows, new, row_B)
 
     return slots._replace(
         caches=[
             cache._replace(
-                prompt_k_BKSH=put(cache.prompt_k_BKSH, k_BKSH),
-                prompt_v_BKSH=put(cache.prompt_v_BKSH, v_BKSH),
+                prompt_k_UPKSH=put(cache.prompt_k_UPKSH, k_BKSH),
+                prompt_v_UPKSH=put(cache.prompt_v_UPKSH, v_BKSH),
             )
             for cache, (k_BKSH, v_BKSH) in zip(slots.caches, kept, strict=True)
         ],
-        prompt_length_P=put(slots.prompt_length_P, length_B - 1),
-        last_token_P=put(
-            slots.last_token_P, jnp.take_along_axis(tokens_BT, length_B[:, None] - 1, 1)[:, 0]
+        prompt_length_UP=put(slots.prompt_length_UP, length_B - 1),
+        last_token_UP=put(
+            slots.last_token_UP, jnp.take_along_axis(tokens_BT, length_B[:, None] - 1, 1)[:, 0]
         ),
     )
 
 
 def obey(slots: Slots, orders: Orders) -> Slots:
     """The slots after the host's orders."""
-    start, answer = orders.start_PC, orders.answer_PC
+    start, answer = orders.start_UC, orders.answer_UC
+    first_UC = rows_of(slots.last_token_UP, orders.prompt_UC, 0)  # inputs of branches
 
     def first(cases: list[tuple[Any, Any]], otherwise: jax.Array) -> jax.Array:
         return jnp.select([c for c, _ in cases], [v for _, v in cases], otherwise)
 
-    runs = jnp.full_like(slots.status_PC, RUNNING)
+    runs = jnp.full_like(slots.status_UC, RUNNING)
     return slots._replace(
-        status_PC=first(
-            [(start | answer, runs), (orders.stop_PC, jnp.full_like(runs, IDLE))], slots.status_PC
+        prompt_UC=jnp.where(start, orders.prompt_UC, slots.prompt_UC),
+        status_UC=first(
+            [(start | answer, runs), (orders.stop_UC, jnp.full_like(runs, IDLE))], slots.status_UC
         ),
-        token_PC=first(
-            [
-                (start, jnp.broadcast_to(slots.last_token_P[:, None], start.shape)),
-                (answer, orders.token_PC),
-            ],
-            slots.token_PC,
-        ),
-        age_PC=jnp.where(start, 0, slots.age_PC),
-        table_PCJ=orders.table_PCJ,
-        annotation_PC=jnp.where(start | answer, tk.TEXT, slots.annotation_PC),
-        problem_PC=jnp.where(start, orders.problem_PC, slots.problem_PC),
-        sample_PC=jnp.where(start, orders.sample_PC, slots.sample_PC),
-        queue_PCQ=jnp.where(answer[..., None], orders.queue_PCQ, slots.queue_PCQ),
-        queued_PC=first(
-            [(start, jnp.zeros_like(slots.queued_PC)), (answer, orders.queued_PC)], slots.queued_PC
+        token_UC=first([(start, first_UC), (answer, orders.token_UC)], slots.token_UC),
+        age_UC=jnp.where(start, 0, slots.age_UC),
+        table_UCJ=orders.table_UCJ,
+        annotation_UC=jnp.where(start | answer, tk.TEXT, slots.annotation_UC),
+        problem_UC=jnp.where(start, orders.problem_UC, slots.problem_UC),
+        sample_UC=jnp.where(start, orders.sample_UC, slots.sample_UC),
+        queue_UCQ=jnp.where(answer[..., None], orders.queue_UCQ, slots.queue_UCQ),
+        queued_UC=first(
+            [(start, jnp.zeros_like(slots.queued_UC)), (answer, orders.queued_UC)], slots.queued_UC
         ),
     )
 
@@ -330,17 +323,17 @@ def inverse_cdf(weight_V: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def draw(
-    logits_PCV: jax.Array,
+    logits_UCV: jax.Array,
     config: ModelConfig,
     sampling: Sampling,
     problem: jax.Array,
     sample: jax.Array,
     at: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The next token of every slot, and the log of its logits' sum of exponentials, each [P, C].
+    """The next token of every slot, and the log of its logits' sum of exponentials, each [U, C].
 
     Args:
-      logits_PCV: of all ids; those that aren't text are left out here.
+      logits_UCV: of all ids; those that aren't text are left out here.
     """
     T, key = sampling.temperature, jax.random.key(sampling.seed)
 
@@ -349,25 +342,25 @@ def draw(
         token_key = jax.random.fold_in(jax.random.fold_in(token_key, sample), at)
         return jax.random.uniform(token_key)
 
-    uniform_PC = jax.vmap(jax.vmap(uniform))(problem, sample, at)
+    uniform_UC = jax.vmap(jax.vmap(uniform))(problem, sample, at)
     of_all = not sampling.top_k and sampling.top_p == 1
     if of_all and sharding.parts("V") == 1 and by_kernel(config.attention, cap=0):
-        return cpu_kernels.draw(logits_PCV, uniform_PC, T, config.text_size)
-    logits_PCV = transformer.text_only(config, logits_PCV)
-    top_PC = logits_PCV.max(-1)
-    logits_PCV -= top_PC[..., None]
-    log_total_PC = top_PC + jnp.log(jnp.exp(logits_PCV).sum(-1))
+        return cpu_kernels.draw(logits_UCV, uniform_UC, T, config.text_size)
+    logits_UCV = transformer.text_only(config, logits_UCV)
+    top_UC = logits_UCV.max(-1)
+    logits_UCV -= top_UC[..., None]
+    log_total_UC = top_UC + jnp.log(jnp.exp(logits_UCV).sum(-1))
     if T == 0:
-        return jnp.argmax(logits_PCV, -1), log_total_PC
-    weight_PCV = jnp.exp(restrict(logits_PCV / T, sampling.top_k, sampling.top_p))
-    return inverse_cdf(weight_PCV, uniform_PC), log_total_PC
+        return jnp.argmax(logits_UCV, -1), log_total_UC
+    weight_UCV = jnp.exp(restrict(logits_UCV / T, sampling.top_k, sampling.top_p))
+    return inverse_cdf(weight_UCV, uniform_UC), log_total_UC
 
 
 def active_slots(slots: Slots) -> jax.Array:
-    """Which take a step: those that run and have a page for it, [P, C]."""
+    """Which take a step: those that run and have a page for it, [U, C]."""
     W = slots.caches[0].own_k_UZKWH.shape[3]
-    page_PC = page_at(slots.table_PCJ, slots.age_PC, W)
-    return (slots.status_PC == RUNNING) & (page_PC != NOWHERE)
+    page_UC = page_at(slots.table_UCJ, slots.age_UC, W)
+    return (slots.status_UC == RUNNING) & (page_UC != NOWHERE)
 
 
 def one_step(
@@ -375,27 +368,27 @@ def one_step(
 ) -> tuple[Slots, dict[str, jax.Array]]:
     """One token for every active slot."""
     active = active_slots(slots)
-    table_PCJ = jnp.where(active[..., None], slots.table_PCJ, NOWHERE)  # others are left out
-    position_PC = slots.prompt_length_P[:, None] + slots.age_PC
+    table_UCJ = jnp.where(active[..., None], slots.table_UCJ, NOWHERE)  # others are left out
+    position_UC = rows_of(slots.prompt_length_UP, slots.prompt_UC, 0) + slots.age_UC
     hidden, caches = model.apply(
         params,
-        slots.token_PC,
-        position_PC,
-        Branches(slots.prompt_length_P, slots.age_PC, table_PCJ),
+        slots.token_UC,
+        position_UC,
+        Branches(slots.prompt_length_UP, slots.prompt_UC, slots.age_UC, table_UCJ),
         slots.caches,
     )
-    logits_PCV = model.apply(params, hidden, method="logits", all_ids=True)
-    who = slots.problem_PC, slots.sample_PC, slots.age_PC
-    drawn, log_total = draw(logits_PCV, model.config, sampling, *who)
-    forced = slots.queued_PC > 0
-    head = jnp.clip(FORCED - slots.queued_PC, 0, FORCED - 1)
-    queued = jnp.take_along_axis(slots.queue_PCQ, head[..., None], -1)[..., 0]
+    logits_UCV = model.apply(params, hidden, method="logits", all_ids=True)
+    who = slots.problem_UC, slots.sample_UC, slots.age_UC
+    drawn, log_total = draw(logits_UCV, model.config, sampling, *who)
+    forced = slots.queued_UC > 0
+    head = jnp.clip(FORCED - slots.queued_UC, 0, FORCED - 1)
+    queued = jnp.take_along_axis(slots.queue_UCQ, head[..., None], -1)[..., 0]
     token = jnp.where(forced, queued, drawn)
     # Of the model itself: at temperature 1, over the whole vocabulary.
-    picked = jnp.take_along_axis(logits_PCV, token[..., None], -1)[..., 0]
+    picked = jnp.take_along_axis(logits_UCV, token[..., None], -1)[..., 0]
     logprob = picked - log_total
-    age = slots.age_PC + active
-    annotation = grammar_VX[token, slots.annotation_PC]
+    age = slots.age_UC + active
+    annotation = grammar_VX[token, slots.annotation_UC]
     annotation = jnp.where(forced, tk.TEXT, annotation)
     status = jnp.select(
         [
@@ -403,16 +396,16 @@ def one_step(
             (token == sampling.end) | (age >= sampling.max_tokens),
             annotation == tk.ASK,
         ],
-        [slots.status_PC, jnp.full_like(age, FINISHED), jnp.full_like(age, ASKING)],
+        [slots.status_UC, jnp.full_like(age, FINISHED), jnp.full_like(age, ASKING)],
         RUNNING,
     )
     slots = slots._replace(
         caches=caches,
-        status_PC=status,
-        token_PC=jnp.where(active, token, slots.token_PC),
-        age_PC=age,
-        annotation_PC=jnp.where(active, annotation, slots.annotation_PC),
-        queued_PC=jnp.maximum(slots.queued_PC - active, 0),
+        status_UC=status,
+        token_UC=jnp.where(active, token, slots.token_UC),
+        age_UC=age,
+        annotation_UC=jnp.where(active, annotation, slots.annotation_UC),
+        queued_UC=jnp.maximum(slots.queued_UC - active, 0),
     )
     return slots, {"active": active, "token": token, "forced": forced, "logprob": logprob}
 
@@ -428,7 +421,7 @@ def advance(
     """Obey, then step until enough slots wait for the host or the chunk is full."""
     slots = obey(slots, orders)
     params = transformer.with_whole_tables(params)  # once, not at every step
-    shape = (sampling.chunk, *slots.status_PC.shape)
+    shape = (sampling.chunk, *slots.status_UC.shape)
     log = {
         "active": jnp.zeros(shape, bool),
         "token": jnp.zeros(shape, jnp.int32),
@@ -438,7 +431,7 @@ def advance(
 
     def goes_on(carry: tuple[jax.Array, Slots, dict[str, jax.Array]]) -> jax.Array:
         steps, slots, _ = carry
-        status = slots.status_PC
+        status = slots.status_UC
         return (
             (steps < sampling.chunk)
             & active_slots(slots).any()
@@ -458,6 +451,6 @@ def advance(
 
     steps, slots, log = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), slots, log))
     trace = Trace(
-        steps, log["active"], log["token"], log["forced"], log["logprob"], slots.status_PC
+        steps, log["active"], log["token"], log["forced"], log["logprob"], slots.status_UC
     )
     return slots, trace

@@ -1,6 +1,6 @@
 """The host side of the sampler: keeps the slots full, runs the calculator, harvests completions.
 
-Of many processes each has its own rows of prompts in flight, its own queue, and sees its own
+Of many processes each has its own pools of prompts and slots, its own queue, and sees its own
 tokens only. Since parameters may be spread over all of them, they step together: before every chunk
 they agree, in three numbers, on how many prefills to run, whether any still has work, and whether
 any was asked to end. One that has run out of problems goes on with idle slots until the last is
@@ -21,7 +21,7 @@ import numpy as np
 
 from gsm_verifier import processes, sharding
 from gsm_verifier.model import transformer
-from gsm_verifier.model.attention import BranchCache
+from gsm_verifier.model.attention import BranchCache, most_slots
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.records import Completion
@@ -44,7 +44,7 @@ class Request:
 
 
 @dataclass
-class _Row:
+class _Prompt:
     """A prompt, in flight or queued: whose it is and which samples are still to be started.
 
     Several may be of one problem, each with some of its samples.
@@ -106,13 +106,12 @@ class Engine:
         Args:
           config: the model; its layers stacked.
           params: its parameters on the mesh.
-          prompts: P, prompts in flight. slots: C, completions of each at one time.
+          prompts: in flight, of all pools. slots: completions of each at one time, in the mean.
           calculator: force the results of annotations.
         """
-        devices = sharding.row_devices(mesh)
-        self._P, self._C = math.ceil(prompts / devices) * devices, slots
-        self._share = sharding.share(mesh)
-        self._here = self._share.rows(self._P)  # this process's own
+        self._P = math.ceil(prompts / sharding.row_devices(mesh))
+        self._C = self._P * slots
+        self._pools = len(sharding.share(mesh).blocks)  # this process's own
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         # Matrices are cast once here, not at every step.
         self._config, self._params = transformer.unstack(config, params, cast=True)
@@ -134,7 +133,7 @@ class Engine:
 
     @property
     def useful(self) -> float:
-        return self._used / max(self._steps * len(self._here) * self._C, 1)
+        return self._used / max(self._steps * self._pools * self._C, 1)
 
     def run(
         self,
@@ -172,21 +171,22 @@ class _Run:
 
     def __init__(self, engine: Engine, queue: list[Request], S: int):
         self._e, self._S = engine, S
-        self._queue = [_Row(request, request.samples) for request in queue[::-1]]
-        P, C, W = len(engine._here), engine._C, engine._sampling.max_tokens
-        self._pages = engine._sampling.pages(engine._mesh, engine._P * C)
-        self._rows: list[_Row | None] = [None] * P
-        self._sample = np.full((P, C), -1, np.int64)  # -1: idle
-        self._started = np.zeros((P, C), np.int64)  # counts up
+        self._queue = [_Prompt(request, request.samples) for request in queue[::-1]]
+        U, P, C, W = engine._pools, engine._P, engine._C, engine._sampling.max_tokens
+        self._pages = engine._sampling.pages(engine._mesh, C)
+        self._most = most_slots(P, C)
+        self._prompts: list[list[_Prompt | None]] = [[None] * P for _ in range(U)]
+        self._free_pages = [list(range(self._pages.Z)) for _ in range(U)]
+        # Of the slots.
+        self._prompt = np.zeros((U, C), np.int64)  # which of its pool's
+        self._sample = np.full((U, C), -1, np.int64)  # -1: idle
+        self._started = np.zeros((U, C), np.int64)  # counts up
         self._starts = 0
-        self._held: list[list[list[int]]] = [[[] for _ in range(C)] for _ in range(P)]  # pages
-        self._pools = len(engine._share.blocks)  # one for each device of rows
-        self._pool = np.repeat(np.arange(self._pools), P // self._pools)  # of a row
-        self._free_pages = [list(range(self._pages.Z)) for _ in range(self._pools)]
-        self._tokens = np.zeros((P, C, W), np.int32)
-        self._forced = np.zeros((P, C, W), bool)
-        self._logprob = np.zeros((P, C, W), np.float64)
-        self._length = np.zeros((P, C), np.int64)
+        self._held: list[list[list[int]]] = [[[] for _ in range(C)] for _ in range(U)]  # pages
+        self._tokens = np.zeros((U, C, W), np.int32)
+        self._forced = np.zeros((U, C, W), bool)
+        self._logprob = np.zeros((U, C, W), np.float64)
+        self._length = np.zeros((U, C), np.int64)
         self._slots: Any = None  # until there is work for them
 
     def _begin(self) -> None:
@@ -197,7 +197,7 @@ class _Run:
         if kept_S != self._S:
             caches = None  # freed before others are made
         shapes = decode.slot_shapes(e._config, e._mesh, e._P, e._C, self._S, self._pages)
-        e._compile(shapes, self._batch([]), self._global(self._no_orders()))
+        e._compile(shapes, self._batch([None] * e._pools), self._global(self._no_orders()))
         self._slots = decode.idle_slots(shapes, caches)
 
     def loop(self, termination: processes.Termination) -> Iterator[Completion]:
@@ -223,95 +223,116 @@ class _Run:
             )
             status = self._read(trace)
             orders = self._no_orders()
-            for p, c in np.argwhere(status == decode.ASKING):
-                self._answer(orders, p, c)
-            for p, c in np.argwhere((status == decode.FINISHED) & (self._sample >= 0)):
-                yield self._harvest(p, c)
-                orders.stop_PC[p, c] = True
+            for u, c in np.argwhere(status == decode.ASKING):
+                self._answer(orders, u, c)
+            for u, c in np.argwhere((status == decode.FINISHED) & (self._sample >= 0)):
+                yield self._harvest(u, c)
+                orders.stop_UC[u, c] = True
 
     def _no_orders(self) -> decode.Orders:
         return decode.no_orders(*self._sample.shape, self._pages.J)
 
     def _global(self, orders: decode.Orders) -> decode.Orders:
         return jax.tree.map(
-            lambda x: sharding.to_global(self._e._mesh, "PC" + "S" * (x.ndim - 2), x), orders
+            lambda x: sharding.to_global(self._e._mesh, "UC" + "S" * (x.ndim - 2), x), orders
         )
 
-    def _free(self) -> list[int]:
-        """Rows that are done with their prompts."""
-        idle_P = (self._sample < 0).all(1)
-        done = [row is None or not row.waiting for row in self._rows]
-        return np.flatnonzero(idle_P & done).tolist()
+    def _in_use(self) -> np.ndarray:
+        """How many slots have each prompt, [U, P]."""
+        has_UCP = (self._prompt[..., None] == np.arange(self._e._P)) & (self._sample >= 0)[
+            ..., None
+        ]
+        return has_UCP.sum(1)
+
+    def _free(self) -> list[list[int]]:
+        """Of each pool the prompts that are done with."""
+        in_use_UP = self._in_use()
+        return [
+            [p for p, it in enumerate(pool) if not in_use_UP[u, p] and not (it and it.waiting)]
+            for u, pool in enumerate(self._prompts)
+        ]
+
+    def _waiting(self) -> list[_Prompt]:
+        return [it for pool in self._prompts for it in pool if it and it.waiting]
 
     def _unfinished(self) -> bool:
-        waiting = any(row is not None and row.waiting for row in self._rows)
-        return bool(self._queue) or waiting or bool((self._sample >= 0).any())
+        return bool(self._queue or self._waiting()) or bool((self._sample >= 0).any())
 
     def _prefills(self) -> int:
         """Prefills this process wants now; while others run, none for less than a batch's worth."""
         self._split()
-        free = np.bincount(self._pool[self._free()], minlength=self._pools)
+        free = np.array([len(pool) for pool in self._free()])
         batch = min(free.sum(), len(self._queue))
         some_run = (self._sample >= 0).any()
-        if batch < min(self._pools, len(self._queue)) and some_run:
+        if batch < min(len(free), len(self._queue)) and some_run:
             return 0
         each = next(n for n in itertools.count() if np.minimum(free, n).sum() >= batch)
-        # Rows that more than one of a batch's devices have to spare can wait for the next.
-        return min(each, max(1, batch // self._pools)) if some_run else each
+        # Prompts that more than one of a batch's pools have to spare can wait for the next.
+        return min(each, max(1, batch // len(free))) if some_run else each
 
     def _split(self) -> None:
-        """At the end of the queue let idle rows take half of what waits in others."""
-        for _ in range(len(self._free()) - len(self._queue)):
-            most = max(filter(None, self._rows), key=lambda row: len(row.waiting), default=None)
-            if most is None or len(most.waiting) < max(2, self._e._C):
+        """At the end of the queue let prompts that are done with take half of what waits in others.
+
+        So all pools have work, and more slots than one prompt's may share what is left.
+        """
+        for _ in range(sum(map(len, self._free())) - len(self._queue)):
+            most = max(self._waiting(), key=lambda it: len(it.waiting), default=None)
+            if most is None or len(most.waiting) < max(2, self._e._C // self._e._P):
                 return
             half = len(most.waiting) // 2
-            self._queue.append(_Row(most.request, most.waiting[-half:]))
+            self._queue.append(_Prompt(most.request, most.waiting[-half:]))
             most.waiting = most.waiting[:-half]
 
     def _admit(self) -> None:
-        """Give a new prompt to a row of each device that has one which is done.
+        """Give each pool that has room for it a new prompt.
 
-        To one only, or rows would wait for each other: with 4 where this is 1, 9 of 100 slot-steps
+        One only, or pools would wait for each other: with 4 where this is 1, 9 of 100 slot-steps
         were lost so. One prompt's positions are rows enough for a product.
         """
-        chosen = {self._pool[p]: p for p in self._free()[::-1]}  # the first of each
-        prompts = []
-        for b in sorted(chosen)[: len(self._queue)]:
-            self._rows[chosen[b]] = row = self._queue.pop()
-            prompts.append((chosen[b], row.request.prompt))
+        prompts: list[tuple[int, list[int]] | None] = []
+        for pool, free in zip(self._prompts, self._free(), strict=True):
+            if free and self._queue:
+                pool[free[0]] = it = self._queue.pop()
+                prompts.append((free[0], it.request.prompt))
+            else:
+                prompts.append(None)
         self._slots = self._e._prefill(self._e._params, self._slots, *self._batch(prompts))
 
-    def _batch(self, prompts: list[tuple[int, list[int]]]) -> list[jax.Array]:
-        """What `decode.prefill` takes: of every device one (p, prompt) of its own, or none."""
-        tokens = np.zeros((self._pools, self._S), np.int32)
-        length = np.ones(self._pools, np.int32)
-        each = len(self._rows) // self._pools
-        where = np.full(self._pools, each, np.int32)
-        for p, prompt in prompts:
-            b = self._pool[p]
-            where[b] = p % each
-            tokens[b, : len(prompt)] = prompt
-            length[b] = len(prompt)
+    def _batch(self, prompts: list[tuple[int, list[int]] | None]) -> list[jax.Array]:
+        """What `decode.prefill` takes: for every pool (which of its prompts, the new one's ids)."""
+        tokens = np.zeros((len(prompts), self._S), np.int32)
+        length = np.ones(len(prompts), np.int32)
+        where = np.full(len(prompts), self._e._P, np.int32)
+        for u, new in enumerate(prompts):
+            if new:
+                where[u], ids = new
+                tokens[u, : len(ids)] = ids
+                length[u] = len(ids)
         put = functools.partial(sharding.to_global, self._e._mesh)
         return [put("BT", tokens), put("B", length), put("B", where)]
 
     def _start(self, orders: decode.Orders) -> None:
-        """Start waiting samples in idle slots."""
-        for p, row in enumerate(self._rows):
-            if row is None or not row.waiting:
+        """Start waiting samples in idle slots, of the prompts that have the fewest."""
+        in_use_UP = self._in_use()
+        for u, c in np.argwhere(self._sample < 0):
+            ready = [
+                p
+                for p, it in enumerate(self._prompts[u])
+                if it and it.waiting and in_use_UP[u, p] < self._most
+            ]
+            if not ready:
                 continue
-            for c in np.flatnonzero(self._sample[p] < 0):
-                if not row.waiting:
-                    break
-                sample, row.waiting = row.waiting[0], row.waiting[1:]
-                self._sample[p, c] = sample
-                self._starts += 1
-                self._started[p, c] = self._starts
-                self._length[p, c] = 0
-                orders.start_PC[p, c] = True
-                orders.problem_PC[p, c] = problem_key(row.request.problem)
-                orders.sample_PC[p, c] = sample
+            p = min(ready, key=lambda p: in_use_UP[u, p])
+            it = self._prompts[u][p]
+            sample, it.waiting = it.waiting[0], it.waiting[1:]
+            in_use_UP[u, p] += 1
+            self._starts += 1
+            self._prompt[u, c], self._sample[u, c], self._started[u, c] = p, sample, self._starts
+            self._length[u, c] = 0
+            orders.start_UC[u, c] = True
+            orders.prompt_UC[u, c] = p
+            orders.problem_UC[u, c] = problem_key(it.request.problem)
+            orders.sample_UC[u, c] = sample
 
     def _deal(self, orders: decode.Orders) -> None:
         """Give slots the pages that the next chunk can fill, the oldest first.
@@ -322,49 +343,48 @@ class _Run:
         chunk, J, W = self._e._sampling.chunk, self._pages.J, self._pages.W
         oldest: dict[int, int] = {}  # of a pool, what it may still need
         busy = np.argwhere(self._sample >= 0)
-        for p, c in busy[np.argsort(self._started[tuple(busy.T)])]:
-            pool, held = self._pool[p], self._held[p][c]
-            free, reserved = self._free_pages[pool], oldest.get(pool, 0)
-            wanted = min(J, math.ceil((self._length[p, c] + chunk) / W))
+        for u, c in busy[np.argsort(self._started[tuple(busy.T)])]:
+            held, free, reserved = self._held[u][c], self._free_pages[u], oldest.get(u, 0)
+            wanted = min(J, math.ceil((self._length[u, c] + chunk) / W))
             while len(held) < wanted and len(free) > reserved:
                 held.append(free.pop())
-            oldest.setdefault(pool, J - len(held))
-            orders.table_PCJ[p, c, : len(held)] = held
+            oldest.setdefault(u, J - len(held))
+            orders.table_UCJ[u, c, : len(held)] = held
 
     def _read(self, trace: decode.Trace) -> np.ndarray:
         """Append what the slots wrote; the slots' status."""
         steps = int(trace.steps)
         active, token, forced, logprob = (
             sharding.to_host(x)[:steps]
-            for x in (trace.active_XPC, trace.token_XPC, trace.forced_XPC, trace.logprob_XPC)
+            for x in (trace.active_XUC, trace.token_XUC, trace.forced_XUC, trace.logprob_XUC)
         )
         for x in range(steps):
-            p, c = np.nonzero(active[x])
-            at = self._length[p, c]
-            self._tokens[p, c, at] = token[x, p, c]
-            self._forced[p, c, at] = forced[x, p, c]
-            self._logprob[p, c, at] = logprob[x, p, c]
-            self._length[p, c] += 1
+            u, c = np.nonzero(active[x])
+            at = self._length[u, c]
+            self._tokens[u, c, at] = token[x, u, c]
+            self._forced[u, c, at] = forced[x, u, c]
+            self._logprob[u, c, at] = logprob[x, u, c]
+            self._length[u, c] += 1
         self._e._steps += steps
         self._e._used += int(active.sum())
-        return sharding.to_host(trace.status_PC)
+        return sharding.to_host(trace.status_UC)
 
-    def _answer(self, orders: decode.Orders, p: int, c: int) -> None:
+    def _answer(self, orders: decode.Orders, u: int, c: int) -> None:
         """Evaluate the annotation a slot has just opened; refused, its sampling goes on."""
-        length = self._length[p, c]
-        tokens = self._tokens[p, c, :length]
-        orders.answer_PC[p, c] = True
-        orders.token_PC[p, c] = tokens[-1]
+        length = self._length[u, c]
+        tokens = self._tokens[u, c, :length]
+        orders.answer_UC[u, c] = True
+        orders.token_UC[u, c] = tokens[-1]
         ids = self._forced_ids(tokens)
         if not ids:
             return
         # The token that held the `=` may hold more (`=-`): it is written again, up to the `=`.
-        orders.token_PC[p, c] = ids[0]
+        orders.token_UC[u, c] = ids[0]
         if ids[0] != tokens[-1]:
-            self._tokens[p, c, length - 1] = ids[0]
-            self._forced[p, c, length - 1] = True
-        orders.queue_PCQ[p, c, FORCED - len(ids) + 1 :] = ids[1:]
-        orders.queued_PC[p, c] = len(ids) - 1
+            self._tokens[u, c, length - 1] = ids[0]
+            self._forced[u, c, length - 1] = True
+        orders.queue_UCQ[u, c, FORCED - len(ids) + 1 :] = ids[1:]
+        orders.queued_UC[u, c] = len(ids) - 1
 
     def _forced_ids(self, tokens: np.ndarray) -> list[int]:
         """Ids that replace the last token and follow it; none if the calculator refuses."""
@@ -382,23 +402,23 @@ class _Run:
         ids = tokenizer.continuation(text[len(before) : upto] + result + ">>")
         return ids if len(ids) <= FORCED else []
 
-    def _harvest(self, p: int, c: int) -> Completion:
-        row, length = self._rows[p], self._length[p, c]
-        tokens = self._tokens[p, c, :length]
-        forced = self._forced[p, c, :length]
+    def _harvest(self, u: int, c: int) -> Completion:
+        request, length = self._prompts[u][self._prompt[u, c]].request, self._length[u, c]
+        tokens = self._tokens[u, c, :length]
+        forced = self._forced[u, c, :length]
         completion = Completion(
-            problem=row.request.problem,
-            sample=int(self._sample[p, c]),
+            problem=request.problem,
+            sample=int(self._sample[u, c]),
             text=self._e._tokenizer.decode(tokens),
             tokens=tokens.tolist(),
             forced=forced.tolist(),
             # What the calculator forced wasn't the model's choice.
-            logprob=float(self._logprob[p, c, :length][~forced].sum()),
+            logprob=float(self._logprob[u, c, :length][~forced].sum()),
             finished=bool(tokens[-1] == self._e._sampling.end),
         )
-        self._sample[p, c] = -1
-        self._free_pages[self._pool[p]] += self._held[p][c]
-        self._held[p][c] = []
+        self._sample[u, c] = -1
+        self._free_pages[u] += self._held[u][c]
+        self._held[u][c] = []
         return completion
 
 
