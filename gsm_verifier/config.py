@@ -165,8 +165,8 @@ def default() -> ConfigDict:
             top_p=1.0,  # 1: all tokens; open
             max_tokens=400,  # of a completion, the question not counted
             calculator=True,  # appendix C
-            prompts=16,  # P: problems in flight
-            slots=16,  # C: completions of each in flight
+            prompts=16,  # problems in flight
+            slots=16,  # completions of each in flight, in the mean
             chunk_steps=16,  # most steps between two looks of the host
             kept_share=1.0,  # room for completions in flight, of what all at max_tokens would need
         )

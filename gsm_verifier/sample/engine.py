@@ -239,10 +239,8 @@ class _Run:
 
     def _in_use(self) -> np.ndarray:
         """How many slots have each prompt, [U, P]."""
-        has_UCP = (self._prompt[..., None] == np.arange(self._e._P)) & (self._sample >= 0)[
-            ..., None
-        ]
-        return has_UCP.sum(1)
+        has_UCP = self._prompt[..., None] == np.arange(self._e._P)
+        return (has_UCP & (self._sample >= 0)[..., None]).sum(1)
 
     def _free(self) -> list[list[int]]:
         """Of each pool the prompts that are done with."""
