@@ -174,7 +174,7 @@ class _Run:
         self._queue = [_Prompt(request, request.samples) for request in queue[::-1]]
         U, P, C, W = engine._pools, engine._P, engine._C, engine._sampling.max_tokens
         self._pages = engine._sampling.pages(engine._mesh, C)
-        self._most = most_slots(P, C)
+        self._most = most_slots(engine._config, engine._mesh, P, C)
         self._prompts: list[list[_Prompt | None]] = [[None] * P for _ in range(U)]
         self._free_pages = [list(range(self._pages.Z)) for _ in range(U)]
         # Of the slots.
