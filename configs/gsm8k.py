@@ -62,7 +62,7 @@ class Preset(NamedTuple):
       start: hub id, and the revision that was its newest when this was written.
       learning_rate: falling with size, as in the paper's table 1; not tuned.
       chips: that share a model's parameters.
-      prompts: in flight, with 16 completions each in the mean: what their keys and values leave room for.
+      prompts: in flight, with 16 completions each in the mean: what keys and values leave room for.
     """
 
     start: str
