@@ -542,7 +542,7 @@ def test_a_tpus_compiler_says_the_same() -> None:
     assert cost.work.flops == pytest.approx((dense(B * T) + attention(B * T)) / 4, rel=0.01)
     assert 0 < cost.memory < 2**30
     slots = Programs(config, mesh).sample()[1].arguments[1]
-    assert slots.caches[0].prompt_k_BKSH.dtype == "bfloat16"  # which a CPU would keep in float32
+    assert slots.caches[0].prompt_k_UPKSH.dtype == "bfloat16"  # which a CPU would keep in float32
 
 
 @WITH_LIBTPU

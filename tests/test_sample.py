@@ -331,6 +331,31 @@ def test_pages_are_dealt_to_one_slot_each_and_come_back(
     assert all(sorted(free) == list(range(Z)) for free in runs[-1]._free_pages)
 
 
+@pytest.mark.parametrize("attention", ["auto", "jax"])
+def test_no_slot_idles_while_a_prompt_may_have_it(
+    attention: str, config, params, mesh, tokenizer, prompts, common, monkeypatch
+) -> None:
+    """One problem has nearly all samples: 4 prompts with 2 slots each in the mean are few for it."""
+    config = config.with_(attention=attention)
+    engine = engine_of(config, params, mesh, tokenizer, end=common, slots=2)
+    most = 8 if attention == "auto" and cpu_kernels.available() else 4
+    deal = _Run._deal
+    crowds = []
+
+    def watched(run: _Run, orders: decode.Orders) -> None:
+        deal(run, orders)
+        in_use_P = run._in_use()[0]
+        crowds.append(in_use_P.max())
+        waits = [it is not None and bool(it.waiting) for it in run._prompts[0]]
+        assert (run._sample >= 0).all() or (in_use_P[waits] == most).all()
+
+    monkeypatch.setattr(_Run, "_deal", watched)
+    first, *others = prompts
+    requests = [Request(name, prompts[name], range(2)) for name in others]
+    collect(engine, [Request(first, prompts[first], range(60)), *requests])
+    assert 2 < max(crowds) <= most
+
+
 def test_a_completion_does_not_depend_on_order_company_or_resumption(
     engine: Engine, prompts, reference
 ) -> None:
