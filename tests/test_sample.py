@@ -335,7 +335,7 @@ def test_pages_are_dealt_to_one_slot_each_and_come_back(
 def test_no_slot_idles_while_a_prompt_may_have_it(
     attention: str, config, params, mesh, tokenizer, prompts, common, monkeypatch
 ) -> None:
-    """One problem has nearly all samples: 4 prompts with 2 slots each in the mean are few for it."""
+    """One problem has nearly all samples; each of 4 prompts has 2 slots in the mean."""
     config = config.with_(attention=attention)
     engine = engine_of(config, params, mesh, tokenizer, end=common, slots=2)
     most = 8 if attention == "auto" and cpu_kernels.available() else 4
