@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="stop at the end of text")
     parser.add_argument("--in-flight", type=int, help="questions at one time in ours; all")
     parser.add_argument(
-        "--slots", type=int, help="completions of each at one time; all, with --real a sixth"
+        "--slots",
+        type=int,
+        help="completions of each at one time, in the mean; all, with --real a sixth",
     )
     parser.add_argument("--openvino", help="the model's folder as OpenVINO's; else it's left out")
     parser.add_argument("--gguf", help="the model's file as llama.cpp's; else it's left out")

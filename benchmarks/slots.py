@@ -95,6 +95,7 @@ def measure(kept: float, args: argparse.Namespace) -> dict[str, Any]:
     options.kept_share, options.max_tokens = kept, args.tokens
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     words.model.update(layers=1, width=8, heads=1, kv_heads=1, head_size=8, mlp_width=8)
+    words.model.attention = args.attention
     config = model_of(words, "cpu")
     drawn = problems.subset(problems.load(args.data, "train"), args.problems, seed=0)
     sampling = sampling_of(options, END, 0, args.prompts * args.slots)
@@ -137,7 +138,13 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=100, help="of each problem")
     parser.add_argument("--tokens", type=int, default=400, help="the most of a completion")
     parser.add_argument("--prompts", type=int, default=16, help="in flight")
-    parser.add_argument("--slots", type=int, default=16, help="of each prompt")
+    parser.add_argument("--slots", type=int, default=16, help="of each prompt, in the mean")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=["auto", "jax"],
+        help="in JAX, as on a TPU, a prompt may have twice its mean of slots, in C++ all",
+    )
     parser.add_argument("--spread", type=float, default=0.25, help="of the factors' logarithms")
     args = parser.parse_args()
     for kept in args.kept:

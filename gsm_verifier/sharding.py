@@ -14,7 +14,8 @@ strings, and here, as logical sharding axes.
 | K | key/value heads | | Z | pages of a pool (sampler) |
 | G | query heads per key/value head | | J | pages of a branch (sampler) |
 | H | head size | | W | positions of a page (sampler) |
-| V | vocabulary | | M | completions of a problem |
+| V | vocabulary | | E | queries that look over a prompt (sampler) |
+| | | | M | completions of a problem (host) |
 
 A mesh has the axes `data` (replicated parameters), `fsdp` (parameters sharded over their width) and
 `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.

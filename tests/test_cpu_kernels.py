@@ -22,6 +22,7 @@ from gsm_verifier.model.attention import (
     Look,
     Packed,
     by_rows,
+    seats,
 )
 from gsm_verifier.model.cpu_kernels import NEW, SLOTS
 from gsm_verifier.sample import decode
@@ -83,6 +84,7 @@ def both(
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
         np.testing.assert_array_equal(a, b)
+    assert np.isfinite(pages).all()
     return kernel[running(arrays)], pages[running(arrays)]
 
 
@@ -105,6 +107,18 @@ def test_the_kernel_is_the_attention_in_jax(K: int, G: int, H: int, S: int, W: i
     narrow, _ = both(arrays, "bfloat16")
     # The same numbers, rounded at the end.
     np.testing.assert_array_equal(narrow, np.asarray(jnp.bfloat16(kernel), np.float32))
+
+
+@needs_compiler
+def test_prompts_of_many_slots_and_of_none() -> None:
+    """More than the kernel works on together; as many as JAX has seats for; and none."""
+    arrays = example(16, 40, 1, 2, 16, 8, 6)
+    crowds = [80, 79, 1, 0]
+    arrays[-3][:] = np.random.default_rng(0).permutation(np.repeat(range(4), crowds))
+    assert max(crowds) == seats(4, 160)
+    kernel, pages = both(arrays)
+    np.testing.assert_allclose(kernel, pages, atol=1e-5)
+    assert np.abs(pages).max() < 10
 
 
 @needs_compiler
@@ -331,8 +345,8 @@ def test_where_the_kernel_draws_it_draws_what_jax_draws(
     sizes = {axis: words.pop(axis, 1) for axis in ("data", "tensor")}
     plain = dict(temperature=0.7, top_k=0, top_p=1.0, max_tokens=9, end=0, seed=0)
     sampling = decode.Sampling(**plain | words, chunk=1, patience=1)
-    P, C = 4, 50
-    problem, sample = np.indices((P, C), np.uint32)
+    U, C = 4, 50
+    problem, sample = np.indices((U, C), np.uint32)
 
     def drawn(attention: str) -> Any:
         def draw(logits: Any, *who: Any) -> Any:
@@ -340,7 +354,7 @@ def test_where_the_kernel_draws_it_draws_what_jax_draws(
             return decode.draw(logits, config, sampling, *who)
 
         jitted = jax.jit(draw)
-        arguments = jnp.asarray(some_logits(P, C, 256, 1.0)), problem, sample, sample
+        arguments = jnp.asarray(some_logits(U, C, 256, 1.0)), problem, sample, sample
         uses = cpu_kernels.TARGET in jitted.lower(*arguments).as_text()
         return uses, [np.asarray(x) for x in jitted(*arguments)]
 

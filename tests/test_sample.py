@@ -272,7 +272,7 @@ def reference(engine: Engine, prompts: dict[str, list[int]]) -> Completions:
         dict(prompts=1, slots=1),
         dict(prompts=3, slots=10, chunk=1),
         dict(prompts=2, slots=3, chunk=64, patience=1000),
-        dict(prompts=11, slots=1),  # more rows than problems, which share their samples
+        dict(prompts=11, slots=1),  # more prompts than problems, which share their samples
         dict(slots=10, page=3, chunk=7, kept_share=0.3),
         dict(slots=10, page=2, kept_share=0.01),  # room for one, if it is long
         dict(slots=10, page=4, kept_share=0.1, in_jax=True),
@@ -344,10 +344,9 @@ def test_no_slot_idles_while_a_prompt_may_have_it(
 
     def watched(run: _Run, orders: decode.Orders) -> None:
         deal(run, orders)
-        in_use_P = run._in_use()[0]
-        crowds.append(in_use_P.max())
-        waits = [it is not None and bool(it.waiting) for it in run._prompts[0]]
-        assert (run._sample >= 0).all() or (in_use_P[waits] == most).all()
+        crowds.append(run._in_use.max())
+        waits_UP = run._waiting() > 0
+        assert (run._sample >= 0).all() or (run._in_use[waits_UP] == most).all()
 
     monkeypatch.setattr(_Run, "_deal", watched)
     first, *others = prompts
@@ -356,10 +355,14 @@ def test_no_slot_idles_while_a_prompt_may_have_it(
     assert 2 < max(crowds) <= most
 
 
+@pytest.mark.parametrize("attention", ["auto", "jax"])
 def test_a_completion_does_not_depend_on_order_company_or_resumption(
-    engine: Engine, prompts, reference
+    attention: str, config, params, mesh, tokenizer, prompts, common
 ) -> None:
     """Samples 5..9 alone, in another order and beside others, are those of 0..9."""
+    config = config.with_(attention=attention)
+    engine = engine_of(config, params, mesh, tokenizer, end=common)
+    reference = collect(engine, requests_of(prompts, range(10)))
     requests = [
         Request("p3", prompts["p3"], range(5, 10)),
         Request("p1", prompts["p1"], range(7, 9)),
@@ -472,13 +475,13 @@ def test_top_k_and_top_p_keep_the_allowed_tokens_and_their_odds(
     prob_V[config.text_size :] = 0  # never drawn, at any temperature
     allowed = int((prob_V > 0).sum())
     assert allowed == (top_k if top_k and top_p == 1 else allowed)
-    sample_PC = np.broadcast_to(np.arange(5_000), (2, 5_000))
-    problem_PC = np.array([[7], [8]]) + 0 * sample_PC
-    logits_PCV = jnp.broadcast_to(logits_V, (2, 5_000, len(logits_V)))
+    sample_UC = np.broadcast_to(np.arange(5_000), (2, 5_000))
+    problem_UC = np.array([[7], [8]]) + 0 * sample_UC
+    logits_UCV = jnp.broadcast_to(logits_V, (2, 5_000, len(logits_V)))
 
     def tokens(at: int) -> Any:
-        who = problem_PC, sample_PC, np.full((2, 5_000), at)
-        return decode.draw(logits_PCV, config.with_(attention=attention), sampling, *who)[0]
+        who = problem_UC, sample_UC, np.full((2, 5_000), at)
+        return decode.draw(logits_UCV, config.with_(attention=attention), sampling, *who)[0]
 
     drawn = np.array([tokens(0), tokens(3)]).reshape(4, -1)
     for row in drawn:
@@ -899,11 +902,19 @@ def test_a_run_that_is_left_leaves_no_caches(mesh, config, params, tokenizer, pr
     assert tokens_of(collect(engine, requests)) == tokens_of(whole)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "attention"),
+    [
+        *[((8, 1, 1), "auto"), ((2, 2, 2), "auto"), ((1, 8, 1), "auto"), ((1, 1, 2), "auto")],
+        *[((2, 1, 1), "jax"), ((2, 2, 2), "jax")],
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_mesh_samples_the_same(
     temperature: float,
     sizes: tuple[int, int, int],
+    attention: str,
     on_one_device,
     make_mesh,
     config,
@@ -913,6 +924,7 @@ def test_a_mesh_samples_the_same(
     common,
 ) -> None:
     one = on_one_device[temperature]
+    config = config.with_(attention=attention)
     many = on_mesh(temperature, make_mesh(*sizes), config, params, tokenizer, prompts, common)
     assert tokens_of(one) == tokens_of(many)
     assert len(one) == 4 * len(prompts)

@@ -100,8 +100,8 @@ def test_local_work_sees_a_devices_part_or_where_it_cannot_be_cut_the_whole(
 
 
 def test_a_letter_whose_axes_another_has_taken_need_not_be_divided(make_mesh: MakeMesh) -> None:
-    """As of the rows of a device's own pool in the sampler, U and P."""
-    x_UPK = np.arange(4 * 3 * 2.0).reshape(4, 3, 2)
+    """As of rows that lie beside those they came from."""
+    x_UBK = np.arange(4 * 3 * 2.0).reshape(4, 3, 2)
     shapes = []
 
     def double(x: jax.Array) -> jax.Array:
@@ -109,8 +109,8 @@ def test_a_letter_whose_axes_another_has_taken_need_not_be_divided(make_mesh: Ma
         return 2 * x
 
     with jax.set_mesh(make_mesh(2, 2, 2)):
-        found = jax.jit(lambda x: sharding.local(double, ("UPK",), "UPK", x))(x_UPK)
-    np.testing.assert_array_equal(found, 2 * x_UPK)
+        found = jax.jit(lambda x: sharding.local(double, ("UBK",), "UBK", x))(x_UBK)
+    np.testing.assert_array_equal(found, 2 * x_UBK)
     assert shapes == [(1, 3, 1)]
 
 

@@ -27,7 +27,7 @@ from gsm_verifier.model.cpu_kernels import NEW, PAGES, PROMPTS, SLOTS
 QUERY_BLOCKS = 8  # of a row: most of what causality saves, for a graph that still compiles quickly
 LEAST_BLOCK = 32
 HIDDEN = -1e30  # a finite "never": a row that sees nothing must not become NaN
-NOWHERE = 2**30  # in a table of pages: there is none
+NOWHERE = 2**30  # no page, or no seat
 CROWD = 2  # most slots that have one prompt in JAX, for each that a prompt has in the mean
 SHARED, OWN = "BKSH", "BTKSH"  # keys and values of all queries of a row, or of each query's own
 CACHE = (PROMPTS, PROMPTS, PAGES, PAGES)  # of a layer in the sampler
@@ -225,7 +225,7 @@ class BranchCache(NamedTuple):
 
 
 def seats(P: int, T: int) -> int:
-    """M: in JAX each of a pool's P prompts is looked over by so many queries, if only by T in all.
+    """E: in JAX each of a pool's P prompts is looked over by so many queries, if only by T in all.
 
     6B on four chips of v5p moves 9.74 GB a step with a `CROWD` of 1, 10.05 with 2, 10.67 with 4.
     """
@@ -247,24 +247,24 @@ def page_at(table_UTJ: jax.Array, age_UT: jax.Array, W: int) -> jax.Array:
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0, None))
-def rows_of(x_UN: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
+def rows_of(x_UX: jax.Array, index: jax.Array, otherwise: Any) -> jax.Array:
     """Of each pool's rows those of an index, or `otherwise` where that is past the end."""
-    return x_UN.at[index].get(mode="fill", fill_value=otherwise)
+    return x_UX.at[index].get(mode="fill", fill_value=otherwise)
 
 
 @functools.partial(jax.vmap, in_axes=(0, None))
-def _inverse(place_UN: jax.Array, places: int) -> jax.Array:
-    """What is at each place: the index of who says so, or their number where nobody does."""
-    count = place_UN.size
-    return jnp.full(places, count).at[place_UN.ravel()].set(jnp.arange(count), mode="drop")
+def _inverse(place_UX: jax.Array, places: int) -> jax.Array:
+    """Who is at each place: the index of one that says so, or their number where nobody does."""
+    count = place_UX.size
+    return jnp.full(places, count).at[place_UX.ravel()].set(jnp.arange(count), mode="drop")
 
 
 @functools.partial(jax.vmap, in_axes=(0, None, None))
-def _seats(prompt_UT: jax.Array, P: int, M: int) -> jax.Array:
-    """A seat for each slot at its prompt, p * M + m; NOWHERE for one that has none, or no room."""
+def _seats(prompt_UT: jax.Array, P: int, E: int) -> jax.Array:
+    """A seat for each slot at its prompt, p * E + e; NOWHERE for one that has none, or no room."""
     sits_TP = prompt_UT[:, None] == jnp.arange(P)
-    m_T = ((jnp.cumsum(sits_TP, 0) - 1) * sits_TP).sum(1)
-    return jnp.where(sits_TP.any(1) & (m_T < M), prompt_UT * M + m_T, NOWHERE)
+    e_T = ((jnp.cumsum(sits_TP, 0) - 1) * sits_TP).sum(1)
+    return jnp.where(sits_TP.any(1) & (e_T < E), prompt_UT * E + e_T, NOWHERE)
 
 
 @jax.vmap
@@ -281,7 +281,8 @@ class Branches:
     moment it started can change its numbers. Rows B are pools here, and their positions T slots.
 
     Attributes:
-      prompt_UT: int32, which of its pool's prompts a slot has; at most `most_slots` the same.
+      prompt_UT: int32, which of its pool's prompts a slot has. Of more than `most_slots` with the
+        same, some would look over their pages only.
       table_UTJ: int32, a slot's pages in its pool, in order, or NOWHERE. A slot without one for its
         age is left out: it writes nothing, and what it gets says nothing.
     """
@@ -360,12 +361,12 @@ class Branches:
         page_UT = page_at(self.table_UTJ, self.age_UT, W)
 
         # Every prompt is looked over by the queries of the slots that have it.
-        M = seats(P, T)
-        seat_UT = _seats(jnp.where(page_UT == NOWHERE, NOWHERE, self.prompt_UT), P, M)
-        slot_UN = _inverse(seat_UT, P * M)
+        E = seats(P, T)
+        seat_UT = _seats(jnp.where(page_UT == NOWHERE, NOWHERE, self.prompt_UT), P, E)
+        slot_UX = _inverse(seat_UT, P * E)
 
         def seated(x_UT: jax.Array) -> jax.Array:
-            return rows_of(x_UT, slot_UN, 0).reshape(U * P, M, *x_UT.shape[2:])
+            return rows_of(x_UT, slot_UX, 0).reshape(U * P, E, *x_UT.shape[2:])
 
         prompt_S = jnp.arange(S)
         theirs = look._replace(position_BT=seated(position_UT))
@@ -398,7 +399,8 @@ class Branches:
 
             K, G, H = q_UTKGH.shape[2:]
             shapes = Part((K, G), (K, G), (K, G, H))
-            return Part(*map(take, parts, shapes, Part(HIDDEN, 0.0, 0.0)))
+            # Who sees nothing gets 0, of a total that isn't.
+            return Part(*map(take, parts, shapes, Part(HIDDEN, 1.0, 0.0)))
 
         seen = [mine(prompts, seat_UT), *(mine(pages, self.table_UTJ[..., j]) for j in range(J))]
         return softmax(union(seen)).astype(q_UTKGH.dtype), cache

@@ -369,6 +369,8 @@ void Hide(float* row, Size from, Size to) {
   if (from < to) std::fill(row + from, row + to, kHidden);
 }
 
+constexpr Size kSlots = 64;  // of a prompt, worked on together
+
 template <typename E>
 struct Decode {
   Size U, T, K, G, H, P, S, Z, W, J;
@@ -406,16 +408,28 @@ struct Decode {
     return *window ? std::max<Size>(age_UT[u * T + t] + 1 - *window, 0) : 0;
   }
 
-  // All slots of one of the prompts, for key/value head k.
-  void operator()(Size b, Size k) const {
+  // The most slots that have one prompt.
+  Size Crowd() const {
+    std::vector<Size> slots(U * P);
+    for (Size i = 0; i < U * T; ++i)
+      if (prompt_UT[i] >= 0 && prompt_UT[i] < P) ++slots[i / T * P + prompt_UT[i]];
+    return *std::max_element(slots.begin(), slots.end());
+  }
+
+  // Of one of the prompts a part of its slots, kSlots of them, for key/value head k.
+  void operator()(Size b, Size k, Size part) const {
     const Size u = b / P;
     std::vector<Size> slots;
-    for (Size t = 0; t < T; ++t)
+    for (Size t = 0, seen = 0; t < T; ++t) {
+      const bool mine = prompt_UT[u * T + t] == b % P;
+      if (!mine && (b % P || part)) continue;
       if (!Runs(u, t)) {
-        if (b % P == 0) std::fill_n(out_UTKGH + ((u * T + t) * K + k) * G * H, G * H, E{});
-      } else if (prompt_UT[u * T + t] == b % P) {
+        if (b % P == 0 && !part)
+          std::fill_n(out_UTKGH + ((u * T + t) * K + k) * G * H, G * H, E{});
+      } else if (mine && seen++ / kSlots == part) {
         slots.push_back(t);
       }
+    }
     const Size count = slots.size(), rows = count * G;
     if (!count) return;
     const Size length = std::clamp<Size>(length_UP[b], 0, S), prompt = Padded(length);
@@ -788,7 +802,9 @@ ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type
       prompt_v.typed_data(), new_k->typed_data(), new_v->typed_data(), out->typed_data(),
       length.typed_data(), prompt.typed_data(), age.typed_data(), table.typed_data(),
       window.typed_data()};
-  Share(pool, step.U * step.P, step.K, step);
+  const Size parts = std::max<Size>((step.Crowd() + kSlots - 1) / kSlots, 1);
+  Share(pool, step.U * step.P, step.K * parts,
+        [step, parts](Size b, Size i) { step(b, i / parts, i % parts); });
   return ffi::Error::Success();
 }
 

@@ -173,8 +173,8 @@ def decode_attention(
       q_UTKGH: of one of `DTYPES`, which all keys and values, and the result, have too.
       k_UTKH, v_UTKH: the key and value at a slot's age, which aren't in its branch yet.
       prompt_UT: which of its pool's prompts a slot has.
-      table_UTJ: a slot's pages in its pool; without all pages up to its age, it is left out, and
-        gets 0.
+      table_UTJ: a slot's pages in its pool. Without all of them up to its age, or with a prompt
+        that there isn't, it is left out, and gets 0.
       window: int32, how many positions back a slot sees, its last included; 0 for all.
       scale: of the logits.
 

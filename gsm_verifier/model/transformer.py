@@ -328,13 +328,13 @@ def _capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def looked_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The tokens' rows of a table, [B, T, D]."""
+def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The tokens' rows of a table, [B, T, D], in a dtype."""
     if sharding.platform() == "cpu":
         # XLA:CPU converts rows of bfloat16 to float32 and back. If it could tell that the table is
         # always the same, it would convert all of it before a loop, at each chunk of the sampler.
         table_VD, tokens_BT = jax.lax.optimization_barrier((table_VD, tokens_BT))
-    return table_VD[tokens_BT]
+    return constrain(table_VD.astype(dtype), ("V", None))[tokens_BT]
 
 
 def logits(
@@ -413,7 +413,7 @@ class Transformer(nn.Module):
         """
         c = self.config
         # Looked up in a table sharded over D, XLA would rematerialise the whole table per device.
-        x_BTD = looked_up(constrain(self.embed_VD.astype(c.dtype), ("V", None)), tokens_BT)
+        x_BTD = looked_up(self.embed_VD, tokens_BT, c.dtype)
         if c.scaled_embedding:
             x_BTD *= jnp.asarray(c.width**0.5, c.dtype)  # rounded to it, as Gemma was trained
         if c.positions == "learned":

@@ -220,7 +220,7 @@ def prefill(
     length_B: jax.Array,
     row_B: jax.Array,
 ) -> Slots:
-    """Compute the prompts' keys and values and put them in rows of the slots.
+    """Compute the prompts' keys and values and put them in their places in the pools.
 
     Args:
       tokens_BT: prompts padded to the S of the caches; one for each pool.

@@ -183,6 +183,7 @@ class _Run:
         self._pages = engine._sampling.pages(engine._mesh, C)
         self._most = most_slots(engine._config, engine._mesh, P, C)
         self._prompts: list[list[_Prompt | None]] = [[None] * P for _ in range(U)]
+        self._in_use = np.zeros((U, P), np.int64)  # slots that have it
         self._free_pages = [list(range(self._pages.Z)) for _ in range(U)]
         # Of the slots.
         self._prompt = np.zeros((U, C), np.int64)  # which of its pool's
@@ -244,31 +245,28 @@ class _Run:
             lambda x: sharding.to_global(self._e._mesh, "UC" + "S" * (x.ndim - 2), x), orders
         )
 
-    def _in_use(self) -> np.ndarray:
-        """How many slots have each prompt, [U, P]."""
-        has_UCP = self._prompt[..., None] == np.arange(self._e._P)
-        return (has_UCP & (self._sample >= 0)[..., None]).sum(1)
+    def _waiting(self) -> np.ndarray:
+        """How many samples of each prompt are to be started, [U, P]."""
+        return np.array([[len(it.waiting) if it else 0 for it in pool] for pool in self._prompts])
 
-    def _free(self) -> list[list[int]]:
-        """Of each pool the prompts that are done with."""
-        in_use_UP = self._in_use()
-        return [
-            [p for p, it in enumerate(pool) if not in_use_UP[u, p] and not (it and it.waiting)]
-            for u, pool in enumerate(self._prompts)
-        ]
+    def _free(self) -> np.ndarray:
+        """Which prompts are done with, [U, P]."""
+        return (self._waiting() == 0) & (self._in_use == 0)
 
-    def _waiting(self) -> list[_Prompt]:
-        return [it for pool in self._prompts for it in pool if it and it.waiting]
+    def _spare(self) -> np.ndarray:
+        """How many idle slots each pool has for which nothing waits, [U]."""
+        taken_U = np.minimum(self._waiting(), self._most - self._in_use).sum(1)
+        return np.maximum((self._sample < 0).sum(1) - taken_U, 0)
 
     def _unfinished(self) -> bool:
-        return bool(self._queue or self._waiting()) or bool((self._sample >= 0).any())
+        return bool(self._queue) or bool(self._waiting().any() or self._in_use.any())
 
     def _prefills(self) -> int:
         """Prefills this process wants now; while others run, none for less than a batch's worth."""
         self._split()
-        free = np.array([len(pool) for pool in self._free()])
+        free = self._free().sum(1)
         batch = min(free.sum(), len(self._queue))
-        some_run = (self._sample >= 0).any()
+        some_run = self._in_use.any()
         if batch < min(len(free), len(self._queue)) and some_run:
             return 0
         each = next(n for n in itertools.count() if np.minimum(free, n).sum() >= batch)
@@ -276,12 +274,11 @@ class _Run:
         return min(each, max(1, batch // len(free))) if some_run else each
 
     def _split(self) -> None:
-        """At the end of the queue let prompts that are done with take half of what waits in others.
-
-        So all pools have work, and more slots than one prompt's may share what is left.
-        """
-        for _ in range(sum(map(len, self._free())) - len(self._queue)):
-            most = max(self._waiting(), key=lambda it: len(it.waiting), default=None)
+        """At the end of the queue let slots that are to spare take half of what waits."""
+        wanted_U = np.minimum(self._free().sum(1), np.ceil(self._spare() / self._most))
+        for _ in range(int(wanted_U.sum()) - len(self._queue)):
+            some = [it for pool in self._prompts for it in pool if it]
+            most = max(some, key=lambda it: len(it.waiting), default=None)
             if most is None or len(most.waiting) < max(2, self._e._C // self._e._P):
                 return
             half = len(most.waiting) // 2
@@ -289,18 +286,18 @@ class _Run:
             most.waiting = most.waiting[:-half]
 
     def _admit(self) -> None:
-        """Give each pool that has room for it a new prompt.
+        """Give each pool that has room for it a new prompt, those with most slots to spare first.
 
         One only, or pools would wait for each other: with 4 where this is 1, 9 of 100 slot-steps
         were lost so. One prompt's positions are rows enough for a product.
         """
-        prompts: list[tuple[int, list[int]] | None] = []
-        for pool, free in zip(self._prompts, self._free(), strict=True):
-            if free and self._queue:
-                pool[free[0]] = it = self._queue.pop()
-                prompts.append((free[0], it.request.prompt))
-            else:
-                prompts.append(None)
+        prompts: list[tuple[int, list[int]] | None] = [None] * len(self._prompts)
+        free_UP = self._free()
+        for u in np.argsort(-self._spare(), kind="stable"):
+            if free_UP[u].any() and self._queue:
+                p = int(free_UP[u].argmax())
+                self._prompts[u][p] = it = self._queue.pop()
+                prompts[u] = p, it.request.prompt
         self._slots = self._e._prefill(self._e._params, self._slots, *self._batch(prompts))
 
     def _batch(self, prompts: list[tuple[int, list[int]] | None]) -> list[jax.Array]:
@@ -318,19 +315,16 @@ class _Run:
 
     def _start(self, orders: decode.Orders) -> None:
         """Start waiting samples in idle slots, of the prompts that have the fewest."""
-        in_use_UP = self._in_use()
+        waiting_UP = self._waiting()
         for u, c in np.argwhere(self._sample < 0):
-            ready = [
-                p
-                for p, it in enumerate(self._prompts[u])
-                if it and it.waiting and in_use_UP[u, p] < self._most
-            ]
-            if not ready:
+            ready_P = (waiting_UP[u] > 0) & (self._in_use[u] < self._most)
+            if not ready_P.any():
                 continue
-            p = min(ready, key=lambda p: in_use_UP[u, p])
+            p = int(np.where(ready_P, self._in_use[u], self._most).argmin())
             it = self._prompts[u][p]
             sample, it.waiting = it.waiting[0], it.waiting[1:]
-            in_use_UP[u, p] += 1
+            waiting_UP[u, p] -= 1
+            self._in_use[u, p] += 1
             self._starts += 1
             self._prompt[u, c], self._sample[u, c], self._started[u, c] = p, sample, self._starts
             self._length[u, c] = 0
@@ -422,6 +416,7 @@ class _Run:
             finished=bool(tokens[-1] == self._e._sampling.end),
         )
         self._sample[u, c] = -1
+        self._in_use[u, self._prompt[u, c]] -= 1
         self._free_pages[u] += self._held[u][c]
         self._held[u][c] = []
         return completion
