@@ -8,7 +8,7 @@ done.
 
 A slot takes the next completion of any prompt of its pool. When each prompt had slots of its own,
 which idled until the last of its completions ended, 86.5 % of the slot-steps of GSM8K's lengths
-were useful; now 96.0 are (`benchmarks.slots`). What is left is the end of the queue, where a step
+were useful; now 96.7 are (`benchmarks.slots`). What is left is the end of the queue, where a step
 computes all slots until the longest completion ends. Programs of fewer slots would be quicker, but
 give other last bits (XLA:CPU does in float32 with less than 64 rows), and a run that is cut and
 goes on comes to them at another time.
