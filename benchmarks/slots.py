@@ -125,7 +125,9 @@ def measure(kept: float, args: argparse.Namespace) -> dict[str, Any]:
         "positions_a_slot": round(pages.Z * pages.W / slots, 1),
         "steps": int(steps.sum()),
         "useful": round(tokens.sum() / steps.sum() / slots, 3),
-        "useful_before_the_tail": round(tokens[full].sum() / steps[full].sum() / slots, 3),
+        "useful_before_the_tail": (
+            round(tokens[full].sum() / steps[full].sum() / slots, 3) if full.any() else None
+        ),
     }
 
 
@@ -147,6 +149,9 @@ def main() -> None:
     )
     parser.add_argument("--spread", type=float, default=0.25, help="of the factors' logarithms")
     args = parser.parse_args()
+    counts = (args.problems, args.completions, args.tokens, args.prompts, args.slots)
+    if min(counts) < 1 or not all(0 < kept <= 1 for kept in args.kept):
+        parser.error("use counts of at least 1, and shares of more than 0 and at most 1")
     for kept in args.kept:
         print(json.dumps(measure(kept, args)), flush=True)
 

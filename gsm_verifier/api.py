@@ -122,8 +122,10 @@ class Generator(Model):
             out, those of `options`. Other keys of `sample.decode.Sampling` can be given too.
 
         Raises:
-          ValueError: question and max_tokens are longer than the model's longest sequence.
+          ValueError: a word the command line would refuse; question and max_tokens are longer than
+            the model's longest sequence.
         """
+        self._validate(sampling)
         if n < 1:
             return []
         if calculator is None:
@@ -136,6 +138,15 @@ class Generator(Model):
         shares = [range(i, n, prompts) for i in range(prompts)]
         found = engine.run(Request(question, prompt, share) for share in shares)
         return sorted(found, key=lambda completion: completion.sample)
+
+    def _validate(self, sampling: dict[str, Any]) -> None:
+        """Refuse what the config would, but the temperature 0."""
+        options = self.options.copy_and_resolve_references()
+        for key, value in sampling.items():
+            if key in options.sample and (key, value) != ("temperature", 0):
+                with options.ignore_type():
+                    options.sample[key] = value
+        validate(options)
 
     @functools.cached_property
     def _engine(self) -> Callable[..., Engine]:
@@ -171,8 +182,11 @@ class Verifier(Model):
         the tokens it was sampled with.
 
         Raises:
-          ValueError: a question and solution longer than the model's longest sequence.
+          ValueError: a question and solution longer than the model's longest sequence; a text where
+            several are asked for.
         """
+        if isinstance(solutions, str):
+            raise ValueError("solutions is one text: give a list, [solution]")
         prompt = self.tokenizer.question(question)
         ids = [
             solution.tokens

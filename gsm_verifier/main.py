@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> list[str]:
     """The arguments without the flags; a key that doesn't exist is one line."""
     try:
         return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:  # of a key, of its section
         told = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
         sys.exit(f"gsm_verifier: config has no key {told}")
 

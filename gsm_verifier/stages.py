@@ -225,6 +225,11 @@ def prepare(run: Run) -> None:
         }
     else:
         with _asked_by("data.path"):
+            if data.path and storage.path(data.path).is_file():
+                raise ValueError(
+                    f"{data.path} is one file, whose problems would be trained on and be the test: "
+                    "give a folder with train.jsonl and test.jsonl"
+                )
             train, test = (problems_io.load(data.path or "gsm8k", s) for s in ("train", "test"))
         train, heldout = problems_io.held_out(train, data.heldout_fraction)
         splits = {

@@ -77,6 +77,19 @@ def test_samples_are_many_numbered_and_of_the_seed(
     assert generator.sample(problem.question, 0) == []
 
 
+@pytest.mark.parametrize(
+    "word", [dict(temperature=-1.0), dict(top_p=0.0), dict(max_tokens=0), dict(kept_share=0.0)]
+)
+def test_what_the_command_refuses_is_refused(word: dict, generator: api.Generator) -> None:
+    with pytest.raises(ValueError, match=rf"config\.sample\.{next(iter(word))}="):
+        generator.sample("1 + 1?", **word)
+
+
+def test_one_text_is_not_several(verifier: api.Verifier) -> None:
+    with pytest.raises(ValueError, match="give a list"):
+        verifier.score("1 + 1?", "#### 2")
+
+
 def test_greedy_samples_are_the_run_s(run: Path, problem: Problem) -> None:
     recorded = {c.problem: c for c in records.read_all(run / "samples/greedy", Completion)}
     [greedy] = api.load(run / "baseline").sample(problem.question, temperature=0.0)

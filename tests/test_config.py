@@ -229,6 +229,7 @@ def test_the_command_line_refuses_in_one_line_before_any_work(
     ("flags", "names"),
     [
         (["--config=configs/quickstart.py:tiny", "--config.sample.temprature=1.0"], "temprature"),
+        (["--config=configs/quickstart.py:tiny", "--config.smaple.slots=1"], "no key smaple. Did"),
         (["--config=configs/quickstart.py:tiny", "--config.sample.max_tokens=x"], "max_tokens"),
         (["--config=configs/quickstart.py:tiny", "--config.sample.slots=1.5"], "slots"),
         (["--config=configs/quickstart.py:tiny", "--verbose_please"], "verbose_please"),

@@ -366,6 +366,13 @@ def test_a_folder_without_problems_is_told_with_its_key(tmp_path: Path) -> None:
         pipeline.run_stages(config, tmp_path / "run", ["prepare"])
 
 
+def test_one_file_is_not_both_train_and_test(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}')
+    config = tiny(data__source="gsm8k", data__path=str(tmp_path / "train.jsonl"))
+    with pytest.raises(ValueError, match=r"^config\.data\.path: .*train\.jsonl is one file"):
+        pipeline.run_stages(config, tmp_path / "run", ["prepare"])
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_more_problems_than_there_are_is_told_with_its_key(split: str, tmp_path: Path) -> None:
     for name in ("train", "test"):

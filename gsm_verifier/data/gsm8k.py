@@ -104,8 +104,8 @@ def _prepare(builder: GradeSchoolMath, manual_dir: str | os.PathLike[str] | None
     if missing and not _reachable(missing[0]):
         raise FileNotFoundError(
             f"GSM8K is neither in {data_dir} nor in {manual_dir}, and its source cannot be reached:"
-            f" set GSM8K_DIR to a folder with train.jsonl and test.jsonl, or fetch into "
-            f"{manual_dir}:\n" + "\n".join(missing)
+            " give --config.data.path=<folder> with train.jsonl and test.jsonl, or GSM8K_DIR, or "
+            f"fetch into {manual_dir}:\n" + "\n".join(missing)
         )
     tfds.disable_progress_bar()  # twenty lines of it for one second of work
     try:

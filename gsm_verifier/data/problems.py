@@ -48,7 +48,7 @@ def load(
         beside = ", ".join(sorted(p.name for p in path.parent.glob("*.jsonl"))) or "no .jsonl file"
         raise FileNotFoundError(
             f"{path} does not exist (its folder holds {beside}): give a folder with {split}.jsonl, "
-            'a .jsonl file, or the name "gsm8k"'
+            'or the name "gsm8k"'
         )
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
