@@ -177,7 +177,7 @@ def test_gsm8k_without_files_and_network_fails_at_once(tmp_path):
         "print(time.perf_counter() - start)"
     )
     output = run(code, **proxy).stdout
-    assert "set GSM8K_DIR" in output
+    assert "give --config.data.path=<folder>" in output
     assert str(tmp_path / "downloads" / "manual") in output
     assert "https://raw.githubusercontent.com/openai/grade-school-math/" in output
     assert float(output.splitlines()[-1]) < 2
