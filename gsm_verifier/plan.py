@@ -267,8 +267,7 @@ class Programs:
         model = self._model.with_(scan_layers=False)
         each = min(options.slots, options.completions)  # as `stages._engine` has it
         U = sharding.row_devices(mesh)
-        P = math.ceil(options.prompts * options.slots // each / U)  # and `engine.Engine`
-        C = P * each
+        P, C = engine.pool_sizes(mesh, options.prompts * options.slots // each, each)
         S = math.ceil(LONGEST / engine.PROMPT_BUCKET) * engine.PROMPT_BUCKET
         sampling = engine.sampling_of(options, model.text_size - 1, self._config.seed, U * C)
         prefill, advance = engine.programs(model, mesh, sampling)

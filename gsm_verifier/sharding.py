@@ -43,7 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "N": ("tensor",),
     "K": ("tensor",),
     "V": ("tensor",),
-} | dict.fromkeys("ATSGHLPCWMZJ", ())
+} | dict.fromkeys("ATSGHLPCWMZJE", ())
 
 
 def configure(cpu_devices: int) -> None:

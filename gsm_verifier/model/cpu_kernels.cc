@@ -416,20 +416,19 @@ struct Decode {
     return *std::max_element(slots.begin(), slots.end());
   }
 
+  // Slots that are left out get 0.
+  void Blank(Size u, Size k) const {
+    for (Size t = 0; t < T; ++t)
+      if (!Runs(u, t)) std::fill_n(out_UTKGH + ((u * T + t) * K + k) * G * H, G * H, E{});
+  }
+
   // Of one of the prompts a part of its slots, kSlots of them, for key/value head k.
   void operator()(Size b, Size k, Size part) const {
-    const Size u = b / P;
+    const Size u = b / P, p = b % P;
+    if (p == 0 && part == 0) Blank(u, k);
     std::vector<Size> slots;
-    for (Size t = 0, seen = 0; t < T; ++t) {
-      const bool mine = prompt_UT[u * T + t] == b % P;
-      if (!mine && (b % P || part)) continue;
-      if (!Runs(u, t)) {
-        if (b % P == 0 && !part)
-          std::fill_n(out_UTKGH + ((u * T + t) * K + k) * G * H, G * H, E{});
-      } else if (mine && seen++ / kSlots == part) {
-        slots.push_back(t);
-      }
-    }
+    for (Size t = 0, seen = 0; t < T; ++t)
+      if (prompt_UT[u * T + t] == p && Runs(u, t) && seen++ / kSlots == part) slots.push_back(t);
     const Size count = slots.size(), rows = count * G;
     if (!count) return;
     const Size length = std::clamp<Size>(length_UP[b], 0, S), prompt = Padded(length);

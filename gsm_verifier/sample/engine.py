@@ -76,6 +76,12 @@ def mesh_of(config: ModelConfig, mesh: jax.sharding.Mesh, where: str) -> jax.sha
     return sharding.without_fsdp(mesh, config.kv_heads, config.mlp_width, config.vocab_size)
 
 
+def pool_sizes(mesh: jax.sharding.Mesh, prompts: int, slots: int) -> tuple[int, int]:
+    """(P, C) of each pool, for prompts of all pools, and slots of each in the mean."""
+    P = math.ceil(prompts / sharding.row_devices(mesh))
+    return P, P * slots
+
+
 def programs(config: ModelConfig, mesh: jax.sharding.Mesh, sampling: Sampling) -> tuple[Any, Any]:
     """(`decode.prefill`, `decode.advance`) of a model with unstacked layers, compiled."""
     model = Transformer(config)
@@ -116,8 +122,7 @@ class Engine:
           prompts: in flight, of all pools. slots: completions of each at one time, in the mean.
           calculator: force the results of annotations.
         """
-        self._P = math.ceil(prompts / sharding.row_devices(mesh))
-        self._C = self._P * slots
+        self._P, self._C = pool_sizes(mesh, prompts, slots)
         self._pools = len(sharding.share(mesh).blocks)  # this process's own
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         # Matrices are cast once here, not at every step.
@@ -315,23 +320,23 @@ class _Run:
 
     def _start(self, orders: decode.Orders) -> None:
         """Start waiting samples in idle slots, of the prompts that have the fewest."""
-        waiting_UP = self._waiting()
-        for u, c in np.argwhere(self._sample < 0):
-            ready_P = (waiting_UP[u] > 0) & (self._in_use[u] < self._most)
-            if not ready_P.any():
-                continue
-            p = int(np.where(ready_P, self._in_use[u], self._most).argmin())
-            it = self._prompts[u][p]
-            sample, it.waiting = it.waiting[0], it.waiting[1:]
-            waiting_UP[u, p] -= 1
-            self._in_use[u, p] += 1
-            self._starts += 1
-            self._prompt[u, c], self._sample[u, c], self._started[u, c] = p, sample, self._starts
-            self._length[u, c] = 0
-            orders.start_UC[u, c] = True
-            orders.prompt_UC[u, c] = p
-            orders.problem_UC[u, c] = problem_key(it.request.problem)
-            orders.sample_UC[u, c] = sample
+        for u, waiting_P in enumerate(self._waiting()):
+            for c in np.flatnonzero(self._sample[u] < 0):
+                ready_P = (waiting_P > 0) & (self._in_use[u] < self._most)
+                if not ready_P.any():
+                    break
+                p = int(np.where(ready_P, self._in_use[u], self._most).argmin())
+                it = self._prompts[u][p]
+                sample, it.waiting = it.waiting[0], it.waiting[1:]
+                waiting_P[p] -= 1
+                self._in_use[u, p] += 1
+                self._starts += 1
+                self._prompt[u, c], self._sample[u, c] = p, sample
+                self._started[u, c], self._length[u, c] = self._starts, 0
+                orders.start_UC[u, c] = True
+                orders.prompt_UC[u, c] = p
+                orders.problem_UC[u, c] = problem_key(it.request.problem)
+                orders.sample_UC[u, c] = sample
 
     def _deal(self, orders: decode.Orders) -> None:
         """Give slots the pages that the next chunk can fill, the oldest first.
