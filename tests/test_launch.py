@@ -801,8 +801,9 @@ from absl import app, flags
 from gsm_verifier import main, pipeline
 
 def instead(config, folder, names):
-    import jax
-    print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count())
+    import jax, sys
+    counts = jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count()
+    sys.stdout.write(" ".join(map(str, counts)) + "\\n")  # one write: tasks share a file
 
 pipeline.run_stages = instead
 flags.mark_flags_as_required(["config", "workdir"])
