@@ -345,7 +345,8 @@ class Programs:
         prefill, decoded = self.sample()
         one = QUESTION + SOLUTION
         question, solution = [0] * QUESTION, [0] * SOLUTION
-        judged = [solution] * min(n, verify.completions or n)
+        # No two completions begin alike.
+        judged = [[1 + i] * SOLUTION for i in range(min(n, verify.completions or n))]
         trees = verifier_trees(
             question,
             solution,

@@ -1,5 +1,6 @@
 """The verifier's values: one after every token of every completion (section 4.2)."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def program(config: ModelConfig, mesh: jax.sharding.Mesh, squash: str) -> Any:
 
 
 class Scorer:
-    """Computes values with one verifier. Completions of a problem share its computed question.
+    """Computes values with one verifier. Completions of a problem share what they begin with.
 
     Every process fills its own rows with completions of its own and reads their values only. They
     step together: one that has less goes on with empty rows.
@@ -81,13 +82,14 @@ class Scorer:
           ValueError: a question and completion longer than a row, naming the mend.
           Stopped: a process was asked to end; all do, before the same batch.
         """
-        trees, counts = [], []
+        trees, orders = [], []
         for question, completions in items:
             ones = np.ones(max(map(len, completions), default=0), np.float32)
             branches = [Branch(c, value_weights=ones[: len(c)]) for c in completions]
-            parts = split(Tree(question, branches), self._row_tokens)
+            whole = Tree(question, branches)
+            parts = split(whole, self._row_tokens)
             trees += parts
-            counts.append(len(parts))
+            orders.append([number for number, _ in whole.layout])
         packed = PackedRows(trees, self._row_tokens, 1, seed=0)
         found: dict[int, list[np.ndarray]] = {}
         with jax.set_mesh(self._mesh):
@@ -99,17 +101,9 @@ class Scorer:
                 values = sharding.to_host(values_BT)
                 for b in range(self._rows):
                     for tree, start in packed.layout(index * self._rows + b):
-                        found[tree] = _branches(trees[tree], values[b, start:])
-        at = 0
-        for count in counts:
-            yield [v for tree in range(at, at + count) for v in found[tree]]
-            at += count
-
-
-def _branches(tree: Tree, values_T: np.ndarray) -> list[np.ndarray]:
-    """The values of each branch, from those of the row that begins with the tree."""
-    out, start = [], len(tree.question) - 1
-    for branch in tree.branches:
-        out.append(values_T[start + 1 : start + branch.length].astype(np.float32))
-        start += branch.length
-    return out
+                        here_T = values[b, start:].astype(np.float32)
+                        found[tree] = [here_T[places_T[1:]] for _, places_T in trees[tree].places()]
+        each = itertools.chain.from_iterable(found[tree] for tree in range(len(trees)))
+        for order in orders:
+            of = dict(zip(order, each, strict=False))
+            yield [of[number] for number in range(len(order))]

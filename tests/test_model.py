@@ -90,11 +90,12 @@ def run_batch(config: ModelConfig, params: Params, batch: Batch) -> np.ndarray:
 
 def batch_of(trees: list[Tree], capacity: int) -> Batch:
     """One row of the trees as they come, padded to `capacity`."""
-    parts = [
-        t.flatten() | {"problem": np.full(t.length, i, np.int32)} for i, t in enumerate(trees, 1)
-    ]
-    row = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
-    return Batch.of({name: np.pad(x, (0, capacity - len(x)))[None] for name, x in row.items()})
+    row, start = {name: np.zeros((1, capacity), FIELDS[name]) for name in FIELDS}, 0
+    for tree in trees:
+        for name, x in tree.flatten().items():
+            row[name][0, start : start + len(x)] = x + start * (name == "end")
+        start += tree.length
+    return Batch.of(row)
 
 
 # Who sees whom
@@ -113,27 +114,34 @@ def test_a_token_changes_no_state_before_it_and_every_state_after_it(family: str
         assert moved_T.tolist() == [False] * t + [True] * (9 - t)
 
 
+def two_trees() -> tuple[list[Tree], list[list[int]]]:
+    """A document of 5 inputs, and a question of 5 with two branches of 5 and 6, the first two of
+    which are the same; and the sequences that they hold."""
+    q, common, other = (random_tokens(n, seed=n).tolist() for n in (5, 2, 6))
+    a, b = sorted([*common, *random_tokens(n, seed=n).tolist()] for n in (3, 4))
+    judged = [Branch(s, value_weights=np.ones(len(s))) for s in (a, b)]
+    return [Tree(other), Tree(q, judged)], [other[:-1], q + a, q + b]
+
+
 @both_families
-def test_branches_see_their_question_and_themselves_only(family: str) -> None:
+def test_positions_see_their_own_sequence_only(family: str) -> None:
     config = make_config(family)
     params = make_params(config)
-    q, a, b, other = (random_tokens(n, seed=n).tolist() for n in (5, 3, 4, 6))
-    ones = np.ones
-    trees = [
-        Tree(q, [Branch(a, value_weights=ones(3)), Branch(b, value_weights=ones(4))]),
-        Tree(other),
-    ]
-    batch = batch_of(trees, 20)
+    trees, (_, a, b) = two_trees()
+    batch = batch_of(trees, 21)
     before_TD = run_batch(config, params, batch)[0]
-    # question 0-3, branch 1: 4-7, branch 2: 8-12, other problem: 13-17, padding: 18-19
-    groups = {"question": (0, 4), "one": (4, 8), "two": (8, 13), "other": (13, 18)}
-    reaches = {"question": {"question", "one", "two"}} | {n: {n} for n in ("one", "two", "other")}
-    for name, (start, _) in [*groups.items(), ("padding", (18, 20))]:
+    ends = np.cumsum([0, 5, 7, len(a) - 7, len(b) - 7, 2]).tolist()
+    groups = dict(
+        zip(("other", "both", "a", "b", "padding"), itertools.pairwise(ends), strict=True)
+    )
+    reaches = {n: {n} for n in groups} | {"both": {"both", "a", "b"}, "padding": set()}
+    assert groups.pop("padding")[1] == 21
+    for name, start in [*((n, low) for n, (low, _) in groups.items()), ("padding", 19)]:
         tokens_BT = np.array(batch.tokens_BT)
         tokens_BT[0, start] = (tokens_BT[0, start] + 1) % 100
         moved_T = run_batch(config, params, batch._replace(tokens_BT=tokens_BT))[0] != before_TD
         moved = {n for n, (low, high) in groups.items() if moved_T[low:high].any()}
-        assert moved == reaches.get(name, set()), name
+        assert moved == reaches[name], name
 
 
 @both_families
@@ -141,16 +149,13 @@ def test_a_packed_branch_is_the_question_and_the_branch_alone(family: str) -> No
     """Neither company, nor padding, nor the place in the row changes a state."""
     config = make_config(family)
     params = make_params(config)
-    q, a, b, other = (random_tokens(n, seed=n).tolist() for n in (5, 3, 4, 6))
-    trees = [Tree(other), Tree(q, [Branch(s, value_weights=np.ones(len(s))) for s in (a, b)])]
-    for capacity in (18, 32):
+    trees, alone = two_trees()
+    branches = [[*range(5, 9), *(5 + places_T)] for _, places_T in trees[1].places()]
+    for capacity in (19, 32):
         packed_TD = run_batch(config, params, batch_of(trees, capacity))[0]
-        for branch, here in ((a, slice(9, 13)), (b, slice(13, 18))):
-            alone_TD = run(config, params, np.array([q + branch], np.int32))[0]
-            np.testing.assert_allclose(packed_TD[5:9], alone_TD[:4], **CLOSE)
-            np.testing.assert_allclose(packed_TD[here], alone_TD[4:], **CLOSE)
-        alone_TD = run(config, params, np.array([other], np.int32))[0]
-        np.testing.assert_allclose(packed_TD[:5], alone_TD[:5], **CLOSE)
+        for line, places in zip(alone, ([*range(5)], *branches), strict=True):
+            alone_TD = run(config, params, np.array([line], np.int32))[0]
+            np.testing.assert_allclose(packed_TD[places], alone_TD, **CLOSE)
 
 
 @both_families

@@ -37,25 +37,31 @@ def test_a_tree_is_laid_out_as_documented() -> None:
     tree = Tree(
         [10, 11, 12],
         [
+            Branch([20, 31], value_weights=np.array([3.0, 3.0])),
             Branch([20, 21, 22], value_weights=np.array([0.0, 0.5, 1.0]), label=1.0),
-            Branch(np.array([30, 31]), lm_weight=4.0, value_weights=np.array([2.0, 3.0])),
+            Branch(np.array([20, 21, 7]), lm_weight=4.0),
+            Branch([20, 21, 22], value_weights=np.array([1.0, 0.5, 1.0]), label=1.0),
         ],
         lm_weight=0.25,
     )
-    assert tree.length == 9
+    assert tree.length == 7
     expected = {
-        "tokens": [10, 11, 12, 20, 21, 22, 12, 30, 31],
-        "targets": [11, 12, 20, 21, 22, 0, 30, 31, 0],
-        "position": [0, 1, 2, 3, 4, 5, 2, 3, 4],
-        "problem": [1] * 9,
-        "branch": [0, 0, 1, 1, 1, 1, 2, 2, 2],
-        "lm_weight": [0.25, 0.25, 0, 0, 0, 0, 4, 4, 0],
-        "value_weight": [0, 0, 0, 0, 0.5, 1, 0, 2, 3],
-        "label": [0, 0, 1, 1, 1, 1, 0, 0, 0],
+        "tokens": [10, 11, 12, 20, 21, 22, 31],
+        "targets": [11, 12, 20, 21, 7, 0, 0],
+        "position": [0, 1, 2, 3, 4, 5, 4],
+        "end": [7, 7, 7, 7, 6, 6, 7],
+        "lm_weight": [0.25, 0.25, 4, 4, 4, 0, 0],
+        "value_weight": [0, 0, 0, 4, 1, 2, 3],
+        "label": [0, 0, 0, 0.25, 1, 1, 0],
     }
     row = tree.flatten()
     assert {name: values.tolist() for name, values in row.items()} == expected
     assert {name: values.dtype for name, values in row.items()} == FIELDS
+
+
+def test_two_branches_with_a_language_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match="can't predict two tokens"):
+        Tree([1], [Branch([2], lm_weight=1.0), Branch([3], lm_weight=1.0)])
 
 
 def test_a_branch_without_verifier_loss_ends_before_its_last_token() -> None:
@@ -73,46 +79,73 @@ def test_a_branch_without_verifier_loss_ends_before_its_last_token() -> None:
 WEIGHTS = st.sampled_from([0.0, 1.0, 2.5])
 
 
+def sequences(least: int) -> st.SearchStrategy[list[int]]:
+    """Of few tokens, so that some begin alike and some are the same."""
+    return st.lists(st.sampled_from([1, 2, 300]), min_size=least, max_size=6)
+
+
 @st.composite
 def tree_strategy(draw: st.DrawFn) -> Tree:
-    question = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
     branches = []
-    for _ in range(draw(st.integers(0, 4))):
-        tokens = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
-        judged = draw(st.booleans())
+    for _ in range(draw(st.integers(0, 8))):
+        tokens = draw(sequences(1))
         weights = np.array(draw(st.lists(WEIGHTS, min_size=len(tokens), max_size=len(tokens))))
-        label = draw(st.sampled_from([0.0, 1.0]))
-        branches.append(Branch(tokens, draw(WEIGHTS), weights if judged else None, label))
-    return Tree(question, branches, draw(WEIGHTS))
+        branches.append(Branch(tokens, 0.0, weights, draw(st.sampled_from([0.0, 1.0]))))
+    if draw(st.booleans()):
+        tokens, weight = draw(sequences(1)), draw(WEIGHTS)
+        judged = draw(st.sampled_from([None, np.ones(len(tokens))]))
+        gold = Branch(tokens, weight, judged, 1.0)
+        branches.insert(draw(st.integers(0, len(branches))), gold)
+    return Tree(draw(sequences(1)), branches, draw(WEIGHTS))
 
 
 @given(tree_strategy())
-def test_every_token_is_predicted_once_and_judged_where_it_is_the_input(tree: Tree) -> None:
+def test_every_beginning_is_computed_once_with_the_weights_of_all_that_begin_so(tree: Tree) -> None:
     row = tree.flatten()
     assert all(len(values) == tree.length for values in row.values())
+    q = len(tree.question)
+    value, right, language = Counter(), Counter(), Counter()
+    beginnings = {tuple(tree.question[: i + 1]) for i in range(q - 1)}
+    for i in range(q - 1):
+        language[tuple(tree.question[: i + 1]), tree.question[i + 1]] += tree.lm_weight
+    for branch in tree.branches:
+        whole = (*tree.question, *branch.tokens)
+        judged = branch.value_weights is not None
+        beginnings |= {whole[: q + i] for i in range(len(branch.tokens) + judged)}
+        for i in range(len(branch.tokens)):
+            language[whole[: q + i], whole[q + i]] += branch.lm_weight
+            if judged:
+                value[whole[: q + i + 1]] += branch.value_weights[i]
+                right[whole[: q + i + 1]] += branch.value_weights[i] * branch.label
+    seen = []
+    for t in range(tree.length):
+        line = [s for s in range(t + 1) if t < row["end"][s]]
+        assert row["position"][line].tolist() == list(range(len(line)))
+        seen.append(tuple(row["tokens"][line].tolist()))
+        assert row["value_weight"][t] == value[seen[-1]]
+        assert row["label"][t] * row["value_weight"][t] == pytest.approx(right[seen[-1]])
+        if row["lm_weight"][t]:
+            assert language.pop((seen[-1], row["targets"][t])) == row["lm_weight"][t]
+    assert sorted(seen) == sorted(beginnings)
+    assert not any(language.values())
+
+
+@given(tree_strategy())
+def test_places_say_where_each_branch_is(tree: Tree) -> None:
+    row, places = tree.flatten(), dict(tree.places())
+    assert sorted(places) == list(range(len(tree.branches)))
     q = len(tree.question) - 1
-    for number, branch in enumerate(tree.branches, 1):
-        here = row["branch"] == number
+    for number, branch in enumerate(tree.branches):
         whole = [*tree.question, *branch.tokens]
-        m = len(branch.tokens)
-        assert row["tokens"][here].tolist() == whole[q : q + branch.length]
-        assert row["targets"][here][:m].tolist() == whole[q + 1 :]
-        assert row["position"][here].tolist() == list(range(q, q + branch.length))
-        assert row["lm_weight"][here].sum() == pytest.approx(m * branch.lm_weight)
-        judged = [] if branch.value_weights is None else branch.value_weights.tolist()
-        assert row["value_weight"][here][1:].tolist() == (judged or [0.0] * (m - 1))
-        assert row["value_weight"][here][0] == 0  # the question's last token isn't judged
-        assert (row["label"][here] == branch.label).all()
-    question = row["branch"] == 0
-    assert row["tokens"][question].tolist() == tree.question[:-1]
-    assert row["targets"][question].tolist() == tree.question[1:]
+        assert row["tokens"][places[number]].tolist() == whole[q : q + branch.length]
+        assert row["position"][places[number]].tolist() == list(range(q, q + branch.length))
 
 
 # Splitting
 
 
 @given(tree_strategy(), st.integers(1, 20))
-def test_split_keeps_every_branch_once_in_order_within_the_capacity(
+def test_split_keeps_every_branch_once_as_laid_out_within_the_capacity(
     tree: Tree, capacity: int
 ) -> None:
     space = capacity - (len(tree.question) - 1)
@@ -121,7 +154,10 @@ def test_split_keeps_every_branch_once_in_order_within_the_capacity(
             split(tree, capacity)
         return
     parts = split(tree, capacity)
-    assert [b for part in parts for b in part.branches] == list(tree.branches)
+    laid_out = [tree.branches[number] for number, _ in tree.layout]
+    assert [b for part in parts for b in part.branches] == laid_out
+    for part in parts:
+        assert [number for number, _ in part.layout] == list(range(len(part.branches)))
     assert all(part.question == tree.question for part in parts)
     assert [part.lm_weight for part in parts] == [tree.lm_weight] + [0.0] * (len(parts) - 1)
     if tree.branches:
@@ -129,12 +165,13 @@ def test_split_keeps_every_branch_once_in_order_within_the_capacity(
         assert all(part.branches for part in parts)
     # Greedy: a part was closed only because the next branch didn't fit.
     for part, following in itertools.pairwise(parts):
-        assert part.length + following.branches[0].length > capacity
+        more = Tree(part.question, [*part.branches, following.branches[0]])
+        assert more.length > capacity
 
 
 def test_split_names_the_sizes_that_do_not_fit() -> None:
-    tree = Tree([1, 2, 3], [Branch([4, 5]), Branch([4, 5, 6, 7])])
-    assert len(split(tree, 6)) == 2
+    tree = Tree([1, 2, 3], [Branch([5, 4]), Branch([4, 5, 6, 7])])
+    assert len(split(tree, 7)) == 1
     message = "question of 3 tokens with a solution of 4 doesn't fit a row of 5"
     with pytest.raises(ValueError, match=message):
         split(tree, 5)
@@ -213,12 +250,12 @@ def test_layout_says_where_every_tree_stands() -> None:
     for i in range(len(rows)):
         row, used = rows[i], 0
         assert all(x.shape == (24,) and x.dtype == FIELDS[name] for name, x in row.items())
-        for number, (tree, start) in enumerate(rows.layout(i), 1):
+        for tree, start in rows.layout(i):
             assert start == used
             here = slice(start, start + trees[tree].length)
             used = here.stop
             for name, values in trees[tree].flatten().items():
-                expected = values * number if name == "problem" else values
+                expected = values + start if name == "end" else values
                 np.testing.assert_array_equal(row[name][here], expected)
         assert all((x[used:] == 0).all() for x in row.values())
     assert rows.layout(len(rows)) == []

@@ -497,9 +497,9 @@ def test_amounts_follow_the_config(mesh: Mesh) -> None:
     found = amounts()
     assert found["finetune", 0] == 2 * 3 * (plan.QUESTION + plan.SOLUTION)
     assert found["sample", 3] == 3 * 5 * plan.SOLUTION
-    # Trees of 2, 2 and 1 completions and a gold one; each branch repeats its question's last token.
-    branches = (5 + 3) * (plan.SOLUTION + 1)
-    assert found["verify", 4] == pytest.approx(3 * (3 * plan.QUESTION + branches), rel=0.02)
+    # Trees of 2, 2 and 1 completions and a gold one, whose last token isn't computed.
+    branches = 5 * plan.SOLUTION + 3 * (plan.SOLUTION - 1)
+    assert found["verify", 4] == 3 * (3 * plan.QUESTION + branches)
     config.sample.imported = "completions.jsonl"
     assert ("verify", 2) in amounts()
 

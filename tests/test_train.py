@@ -112,12 +112,14 @@ def judged(problems: list[tuple[list[int], list[int], Sequences]], **changes: An
 
 
 def some_problems() -> list[tuple[list[int], list[int], Sequences]]:
-    """Three problems with 3, 1 and 5 completions, of all lengths."""
+    """Three problems with 3, 1 and 5 completions, of all lengths. Of the last ones two begin as the
+    gold solution, one as another one, and two are the same, one of them right."""
     questions, golds = sequences(3, 3, 6, seed=1), sequences(3, 4, 8, seed=2)
-    return [
-        (q, gold, sequences(n, 1, 9, seed=n))
-        for q, gold, n in zip(questions, golds, (3, 1, 5), strict=True)
-    ]
+    completions = [sequences(n, 1, 9, seed=n) for n in (3, 1, 5)]
+    last, gold = completions[-1], golds[-1]
+    last[0], last[1], last[3] = gold[:3] + last[0], gold[:2] + last[1], last[2][:4] + last[1]
+    last[4] = last[1]
+    return list(zip(questions, golds, completions, strict=True))
 
 
 # Batches
@@ -129,7 +131,7 @@ def test_packed_trees_give_the_gradients_of_separate_rows(question_loss: bool) -
     questions, solutions = sequences(6, 2, 7, seed=3), sequences(6, 1, 9, seed=4)
     trees = finetuning_trees(questions, solutions, question_loss) + judged(some_problems())
     packed, separate = one_batch(trees), one_batch(trees, separate=True)
-    assert len({*packed.problem_BT.ravel().tolist()}) >= 4  # several trees a row
+    assert ((packed.position_BT == 0) & (packed.end_BT > 0)).sum(1).max() >= 4  # trees of a row
     assert_same_gradients(packed, separate)
 
 
@@ -161,12 +163,13 @@ def test_the_weighted_mix_has_the_gradient_of_the_papers_mix(branches: int) -> N
 
 
 def test_split_trees_keep_gold_weights_and_gradients() -> None:
-    problem = (sequences(1, 6, 6, seed=5)[0], sequences(1, 8, 8, seed=6)[0], [[7] * 9] * 6)
+    completions = [[i] * 9 for i in range(8)]
+    problem = (sequences(1, 6, 6, seed=5)[0], sequences(1, 8, 8, seed=6)[0], completions)
     whole = judged([problem], capacity=10_000)
     parts = judged([problem], capacity=T)
     assert (len(whole), len(parts)) == (1, 3)
     weights = [b.lm_weight for tree in parts for b in tree.branches if b.value_weights is None]
-    assert weights == [6.0]
+    assert weights == [8.0]
     assert_same_gradients(one_batch(parts), one_batch(judged([problem], mix="paper", branches=1)))
 
 
@@ -174,9 +177,9 @@ def test_levels_say_which_values_are_judged() -> None:
     problem = ([1, 2, 3], [9, 9], [[4, 5, 6], [7], []])
     for level, expected in (("token", [1, 1, 1, 1]), ("solution", [0, 0, 1, 1])):
         (tree,) = judged([problem], level=level, objective="verifier_only")
-        assert [b.label for b in tree.branches] == [1.0, 0.0, 1.0]
+        assert [b.label for b in tree.branches] == [1.0, 1.0, 0.0]  # the empty one comes first
         row = tree.flatten()
-        judged_positions = (row["branch"] > 0) & np.isin(row["tokens"], [4, 5, 6, 7])
+        judged_positions = np.isin(row["tokens"], [4, 5, 6, 7])
         assert row["value_weight"][judged_positions].tolist() == expected
         assert row["value_weight"].sum() == sum(expected)
         assert row["lm_weight"].sum() == 0
@@ -348,7 +351,7 @@ def test_microbatches_accumulate_to_the_gradient_of_the_whole_batch() -> None:
     assert row["lm_loss"] == pytest.approx(float(means["lm"]), rel=1e-5)
     assert row["value_loss"] == pytest.approx(float(means["value"]), rel=1e-5)
     assert row["loss"] == pytest.approx(row["lm_loss"] + row["value_loss"])
-    assert row["tokens"] == (batch.problem_BT > 0).sum()
+    assert row["tokens"] == (batch.end_BT > 0).sum()
     weights = batch.lm_weight_BT.sum(), batch.value_weight_BT.sum()
     gradient = jax.tree.map(lambda x, y: x / weights[0] + y / weights[1], lm, value)
     assert row["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
@@ -585,7 +588,7 @@ def fit(
             model=config,
             initial=initial,
             trees=memorisable(),
-            held_out=judged(some_problems()),
+            held_out=judged(some_problems(), branches=2),
             options=options,
             objective=PLAIN,
             folder=folder / "training",
@@ -640,7 +643,7 @@ def test_held_out_losses_are_means_over_all_weights(
     params, rows = whole_run
     measured = [row["step"] for row in rows if "heldout_lm_loss" in row]
     assert measured == sorted({*range(20, len(rows) + 1, 20), len(rows)})
-    trees = judged(some_problems())
+    trees = judged(some_problems(), branches=2)
     assert len(PackedRows(trees, T, 1, 0)) > 2  # rows of a batch
     means = mean_losses(params, one_batch(trees))
     assert rows[-1]["heldout_lm_loss"] == pytest.approx(float(means["lm"]), rel=1e-5)

@@ -1,20 +1,26 @@
 """Problems as trees, and trees packed into rows of a fixed length.
 
-A tree is a question and its branches; a branch is one solution. Flattened, the question comes first
-(branch 0, without its last token) and then every branch, which repeats the question's last token
-as its own first, so that every prediction belongs to exactly one branch:
+A tree is a question and its branches; a branch is one solution. What branches have in common at
+their beginnings is computed once, as the question is: flattened, a tree is the trie of its
+sequences, depth first. With the branches "a0 a1 a2" and "a0 b1", both judged:
 
-    token     q0 q1 | q2 a0 a1 a2 | q2 b0 b1
-    target    q1 q2 | a0 a1 a2  . | b0 b1  .
-    position   0  1 |  2  3  4  5 |  2  3  4
-    branch     0  0 |  1  1  1  1 |  2  2  2
+    token     q0 q1 q2 a0 a1 a2 b1
+    position   0  1  2  3  4  5  4
+    end        7  7  7  7  6  6  7
 
-The value after every token of a branch is read where the token is the input, the language model's
-loss where it is the target. Padding is problem 0 with all weights zero.
+A position is seen by itself and by those after it up to its `end`, where the last sequence ends
+that goes through it. The value after a token is read where the token is the input. Branches that
+share it add up their weights there, and their labels become a mean, which has the gradient of all
+of them. The language model's loss is read where a token is the target: of the branches of a tree
+only one may have it. Padding has an end of 0 and no weights.
+
+A model's completions of a question begin alike, and an easy question has many that are the same.
+The quickstart's test problems have 0.29 of the positions of separate branches, of 100 completions
+each; those of SmolLM2-135M, finetuned for 31 steps, have 0.96 on GSM8K.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -24,8 +30,7 @@ FIELDS: dict[str, type] = {
     "tokens": np.int32,
     "targets": np.int32,
     "position": np.int32,
-    "problem": np.int32,
-    "branch": np.int32,
+    "end": np.int32,
     "lm_weight": np.float32,
     "value_weight": np.float32,
     "label": np.float32,
@@ -57,39 +62,75 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tree:
-    """A question (or a document: a question without branches) and its branches."""
+    """A question (or a document: a question without branches) and its branches.
+
+    Raises:
+      ValueError: two branches with a language model's loss.
+    """
 
     question: Sequence[int]
     branches: Sequence[Branch] = ()
     lm_weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        if sum(branch.lm_weight != 0 for branch in self.branches) > 1:
+            raise ValueError("a tree's branches can't predict two tokens at one position")
+
+    def line(self, branch: Branch) -> np.ndarray:
+        """The inputs of a branch: the question's last token, and its own."""
+        line = np.empty(1 + len(branch.tokens), ">i4")  # whose bytes are in the order of the ids
+        line[0], line[1:] = self.question[-1], branch.tokens
+        return line[: branch.length]
+
+    @functools.cached_property
+    def layout(self) -> list[tuple[int, int]]:
+        """The branches in the order they are laid out in, in which those that begin alike follow
+        each other: (number, how many positions are those of the branch before it)."""
+        lines = [self.line(branch) for branch in self.branches]
+        order = sorted(range(len(lines)), key=lambda number: lines[number].tobytes())
+        padded = np.full((len(lines), 1 + max(map(len, lines), default=0)), -1)
+        for row, number in zip(padded, order, strict=True):
+            row[: len(lines[number])] = lines[number]
+        padded[:, -1] = np.arange(len(lines))  # different, where nothing else is
+        common = (padded[1:] != padded[:-1]).argmax(1).tolist()
+        return [(n, min(c, len(lines[n]))) for n, c in zip(order, [0, *common], strict=False)]
+
     @property
     def length(self) -> int:
-        return len(self.question) - 1 + sum(b.length for b in self.branches)
+        own = (self.branches[number].length - common for number, common in self.layout)
+        return len(self.question) - 1 + sum(own)
+
+    def places(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number, positions of its inputs) of each branch, as they are laid out."""
+        places_T, used = np.zeros(0, int), len(self.question) - 1
+        for number, common in self.layout:
+            end = used + self.branches[number].length - common
+            places_T = np.concatenate([places_T[:common], np.arange(used, end)])
+            used = end
+            yield number, places_T
 
     def flatten(self) -> dict[str, np.ndarray]:
-        """The arrays of `FIELDS`, each [length]; problem is 1."""
+        """The arrays of `FIELDS`, each [length]."""
         row = {name: np.zeros(self.length, dtype) for name, dtype in FIELDS.items()}
-        row["problem"][:] = 1
         q = len(self.question) - 1
         row["tokens"][:q] = self.question[:-1]
         row["targets"][:q] = self.question[1:]
         row["position"][:q] = np.arange(q)
+        row["end"][:q] = self.length
         row["lm_weight"][:q] = self.lm_weight
-        start = q
-        for number, branch in enumerate(self.branches, 1):
-            m = len(branch.tokens)
-            here = slice(start, start + branch.length)
-            row["tokens"][here][:1] = self.question[-1]
-            row["tokens"][here][1:] = branch.tokens[: max(branch.length - 1, 0)]
-            row["targets"][start : start + m] = branch.tokens
-            row["position"][here] = q + np.arange(branch.length)
-            row["branch"][here] = number
-            row["lm_weight"][start : start + m] = branch.lm_weight
-            row["label"][here] = branch.label
+        for number, places_T in self.places():
+            branch = self.branches[number]
+            row["tokens"][places_T] = self.line(branch)
+            row["position"][places_T] = q + np.arange(branch.length)
+            row["end"][places_T] = places_T[-1:] + 1  # or that of the next one that goes through
+            if branch.lm_weight:
+                predicting_T = places_T[: len(branch.tokens)]
+                row["targets"][predicting_T] = branch.tokens
+                row["lm_weight"][predicting_T] = branch.lm_weight
             if branch.value_weights is not None:
-                row["value_weight"][start + 1 : start + 1 + m] = branch.value_weights
-            start += branch.length
+                row["value_weight"][places_T[1:]] += branch.value_weights
+                row["label"][places_T[1:]] += branch.value_weights * branch.label
+        row["label"] /= np.where(row["value_weight"] > 0, row["value_weight"], 1)
         return row
 
 
@@ -132,22 +173,25 @@ class Forest(Sequence[Tree]):
 def split(tree: Tree, capacity: int) -> list[Tree]:
     """The tree as trees of at most `capacity` positions; the first keeps the question's weight.
 
+    Their branches are the tree's as it lays them out.
+
     Raises:
       ValueError: the question and one branch don't fit.
     """
     parts: list[list[Branch]] = [[]]
     room = space = capacity - (len(tree.question) - 1)
-    for branch in tree.branches:
+    for number, common in tree.layout:
+        branch = tree.branches[number]
         if branch.length > space:
             raise ValueError(
                 f"a question of {len(tree.question)} tokens with a solution of {branch.length} "
                 f"doesn't fit a row of {capacity}: raise row_tokens"
             )
-        if branch.length > room:
+        if branch.length - common > room:
             parts.append([])
-            room = space
+            room, common = space, 0
         parts[-1].append(branch)
-        room -= branch.length
+        room -= branch.length - common
     return [
         Tree(tree.question, part, tree.lm_weight if i == 0 else 0.0) for i, part in enumerate(parts)
     ]
@@ -205,11 +249,10 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         row = {name: np.zeros(self.capacity, dtype) for name, dtype in FIELDS.items()}
-        for number, (tree, start) in enumerate(self.layout(index), 1):
+        for tree, start in self.layout(index):
             for name, values in self.trees[tree].flatten().items():
-                row[name][start : start + len(values)] = values * (
-                    number if name == "problem" else 1
-                )
+                here = start if name == "end" else 0
+                row[name][start : start + len(values)] = values + here
         return row
 
     def batches(

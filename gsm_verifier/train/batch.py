@@ -13,20 +13,18 @@ class Batch(NamedTuple):
     """Packed trees, each [B, T]. See `gsm_verifier.data.packing` for the layout.
 
     Attributes:
-      tokens_BT: inputs. targets_BT: the next token of the same branch.
+      tokens_BT: inputs. targets_BT: the next token, where it is predicted.
       position_BT: position in the question followed by the branch.
-      problem_BT: number of the tree in its row, 0 for padding.
-      branch_BT: 0 in the question, 1.. in its branches.
+      end_BT: in the row, past the last position that sees this one; 0 for padding.
       lm_weight_BT: weight of the cross-entropy of targets_BT.
       value_weight_BT: weight of the verifier's error after tokens_BT.
-      label_BT: is the branch a correct solution?
+      label_BT: is the branch a correct solution? Or the share of those that go through here.
     """
 
     tokens_BT: jax.Array
     targets_BT: jax.Array
     position_BT: jax.Array
-    problem_BT: jax.Array
-    branch_BT: jax.Array
+    end_BT: jax.Array
     lm_weight_BT: jax.Array
     value_weight_BT: jax.Array
     label_BT: jax.Array
@@ -36,14 +34,9 @@ class Batch(NamedTuple):
         return cls(**{f"{name}_BT": array for name, array in fields.items()})
 
     def visible_BTS(self) -> jax.Array:
-        """Position t sees s: not later, of the same problem, and of the question or its branch."""
-        T = self.tokens_BT.shape[1]
-        t, s = np.arange(T)[:, None], np.arange(T)[None]
-        same = self.problem_BT[:, :, None] == self.problem_BT[:, None, :]
-        line = (self.branch_BT[:, None, :] == 0) | (
-            self.branch_BT[:, :, None] == self.branch_BT[:, None, :]
-        )
-        return (s <= t) & same & line
+        """Position t sees s: itself, or one before it that its sequence goes through."""
+        t, s = np.arange(self.tokens_BT.shape[1])[:, None], np.arange(self.tokens_BT.shape[1])
+        return (s == t) | (s < t) & (t < self.end_BT[:, None, :])
 
 
 def document_trees(documents: Iterable[Sequence[int]], capacity: int) -> Iterator[Tree]:
@@ -83,7 +76,8 @@ def verifier_trees(
       mix: how language data becomes half of the mix. "paper": as many copies of the gold solution
         as there are completions, in trees of their own. "weighted": the gold solution once, as a
         branch of the same tree, weighted by their number: the same expected gradient for less.
-      branches: most completions that share one computed question; 1 is the paper's literal batch.
+      branches: most completions of a tree, which share what they begin with, the question at
+        least; 1 is the paper's literal batch.
       capacity: most positions of a tree.
     """
     trees = []

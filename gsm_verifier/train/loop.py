@@ -113,7 +113,7 @@ def make_step(
             "lm_loss": means["lm"],
             "value_loss": means["value"],
             "grad_norm": optax.tree.norm(grads),
-            "tokens": (batch_ABT.problem_BT > 0).sum(),
+            "tokens": (batch_ABT.end_BT > 0).sum(),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 

@@ -116,7 +116,9 @@ def loss_sums(
     if objective.loss == "bce":
         error_BT = jax.nn.softplus(raw_BT) - batch.label_BT * raw_BT
     else:
-        error_BT = jnp.square(squashed(raw_BT, objective.squash) - batch.label_BT)
+        # The mean over correct solutions, of which label is the share, and wrong ones.
+        spread_BT = batch.label_BT * (1 - batch.label_BT)
+        error_BT = jnp.square(squashed(raw_BT, objective.squash) - batch.label_BT) + spread_BT
     return {
         "lm": cross_entropy_sum(model.config, params, hidden_BTD, batch, objective.chunk),
         "value": (error_BT * batch.value_weight_BT).sum(),
