@@ -182,7 +182,7 @@ def default() -> ConfigDict:
         squash="none",  # of the head's output: "none" | "sigmoid"; open
         initial_value=0.5,  # what the untrained head says; open
         completions=0,  # of each problem to train on, 0 for all that were sampled
-        branches=16,  # most completions sharing one computed question; 1: the paper's batch
+        branches=16,  # most completions of a tree: they share beginnings; 1: the paper's batch
     )
     config.score = ConfigDict(
         dict(

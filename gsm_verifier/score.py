@@ -9,6 +9,7 @@ import numpy as np
 
 from gsm_verifier import processes, sharding
 from gsm_verifier.data.packing import Branch, PackedRows, Tree, split
+from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -39,7 +40,7 @@ def program(config: ModelConfig, mesh: jax.sharding.Mesh, squash: str) -> Any:
     def values(params: Params, batch_ABT: Batch) -> jax.Array:
         batch = jax.tree.map(lambda x: x[0], batch_ABT)
         hidden_BTD, _ = model.apply(
-            params, batch.tokens_BT, batch.position_BT, Packed(batch.visible_BTS())
+            params, batch.tokens_BT, batch.position_BT, Packed(batch.end_BT)
         )
         return squashed(model.apply(params, hidden_BTD, method="value"), squash)
 
@@ -65,8 +66,11 @@ class Scorer:
     ):
         devices = sharding.row_devices(mesh)
         self._rows = len(sharding.share(mesh).rows(-(-rows // devices) * devices))
-        self._params, self._mesh, self._row_tokens = params, mesh, row_tokens
-        self._values = program(config, mesh, squash)
+        self._mesh, self._row_tokens = mesh, row_tokens
+        # CPUs unroll the layers anyway, and would cast them anew for every batch.
+        if sharding.platform(mesh) == "cpu":
+            config, params = transformer.unstack(config, params, cast="layers")
+        self._params, self._values = params, program(config, mesh, squash)
 
     def __call__(
         self,

@@ -60,7 +60,7 @@ def test_logits_equal_those_of_transformers_reading_the_same_file(
     @jax.jit
     def logits(params: Any) -> jax.Array:
         T = len(ids)
-        visible = Packed(jnp.tril(jnp.ones((1, T, T), bool)))
+        visible = Packed.causal(1, T)
         position_BT = jnp.arange(T)[None]
         hidden, _ = Transformer(config).apply(params, jnp.array([ids]), position_BT, visible)
         return Transformer(config).apply(params, hidden, method="logits")[0]

@@ -151,10 +151,11 @@ def our_logits(
     @jax.jit
     def run(params: Params) -> jax.Array:
         T = len(ids)
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (rows, T, T))
         tokens_BT = jnp.broadcast_to(jnp.array(ids), (rows, T))
         position_BT = jnp.broadcast_to(jnp.arange(T), (rows, T))
-        hidden, _ = Transformer(config).apply(params, tokens_BT, position_BT, Packed(causal))
+        hidden, _ = Transformer(config).apply(
+            params, tokens_BT, position_BT, Packed.causal(rows, T)
+        )
         return Transformer(config).apply(params, hidden, method=method)[0]
 
     with jax.set_mesh(mesh):

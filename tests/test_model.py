@@ -58,7 +58,7 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def causal(T: int, rows: int = 1) -> Packed:
-    return Packed(jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (rows, T, T)))
+    return Packed.causal(rows, T)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dropout"))
@@ -83,7 +83,7 @@ def run(config: ModelConfig, params: Params, tokens_BT: Any, position_BT: Any = 
 
 
 def run_batch(config: ModelConfig, params: Params, batch: Batch) -> np.ndarray:
-    visible = Packed(batch.visible_BTS())
+    visible = Packed(batch.end_BT)
     hidden_BTD, _ = apply(config, params, batch.tokens_BT, batch.position_BT, visible)
     return np.asarray(hidden_BTD)
 
@@ -159,14 +159,18 @@ def test_a_packed_branch_is_the_question_and_the_branch_alone(family: str) -> No
 
 
 @both_families
-def test_order_is_in_positions_and_visibility_not_in_the_place_in_the_row(family: str) -> None:
+def test_order_is_in_positions_and_ends_not_in_the_place_in_the_row(family: str) -> None:
+    """A question of 4, and branches of 3 and 2 in either order."""
     config = make_config(family)
     params = make_params(config)
-    tokens_BT, order = random_tokens(1, 10), np.random.default_rng(0).permutation(10)
-    plain_TD = run(config, params, tokens_BT)[0]
-    visible = Packed(causal(10).visible_BTS[:, order][:, :, order])
-    shuffled_BTD, _ = apply(config, params, tokens_BT[:, order], order[None], visible)
-    np.testing.assert_allclose(shuffled_BTD[0], plain_TD[order], **CLOSE)
+    tokens_BT, order = random_tokens(1, 9), np.array([0, 1, 2, 3, 7, 8, 4, 5, 6])
+    position_BT = np.array([[0, 1, 2, 3, 4, 5, 6, 4, 5]])
+    end_BT = np.array([[9, 9, 9, 9, 7, 7, 7, 9, 9]])
+    moved_BT = np.array([[9, 9, 9, 9, 6, 6, 9, 9, 9]])
+    plain_BTD, _ = apply(config, params, tokens_BT, position_BT, Packed(end_BT))
+    args = tokens_BT[:, order], position_BT[:, order], Packed(moved_BT)
+    moved_BTD, _ = apply(config, params, *args)
+    np.testing.assert_allclose(moved_BTD, plain_BTD[:, order], **CLOSE)
 
 
 def test_a_shift_of_all_positions_changes_learned_but_not_rotary_ones() -> None:
@@ -276,10 +280,12 @@ def test_attention_in_blocks_of_queries_is_attention_of_the_whole(T: int) -> Non
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, T, 2, 2, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, T, 2, 8)).astype(np.float32)
-    visible = np.tril(rng.random((2, T, T)) < 0.3) | np.eye(T, dtype=bool)
+    end_BT = rng.integers(0, T + 1, (2, T))
+    before = np.tril(np.ones((T, T), bool), -1)
+    visible = before & (np.arange(T)[:, None] < end_BT[:, None]) | np.eye(T, dtype=bool)
 
     def in_blocks(*qkv: jax.Array) -> jax.Array:
-        return by_rows(*qkv, visible, scale=0.5, cap=2.0)
+        return by_rows(*qkv, end_BT, scale=0.5, cap=2.0)
 
     def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -308,10 +314,10 @@ def test_a_window_counts_positions_not_places() -> None:
     position_BT = np.array([[0, 1, 2, 3, 2, 3]])  # a question and two branches of it
     visible = np.ones((1, 6, 6), bool)
     for window, reach in ((2, 2), (1, 1), (0, 99)):
-        seen = Look(position_BT, jnp.int32(window)).near(visible)
+        seen = Look(position_BT, jnp.int32(window)).near(visible, position_BT[:, None])
         distance = position_BT[0][:, None] - position_BT[0]
         np.testing.assert_array_equal(seen[0], distance < reach)
-    assert Look(position_BT).near(visible) is visible
+    assert Look(position_BT).near(visible, position_BT) is visible
 
 
 def test_grouped_heads_are_shared_heads_repeated() -> None:
@@ -353,7 +359,7 @@ def test_cached_branches_equal_the_whole_sequence(family: str, scan: bool) -> No
     if not scan:
         config, params = transformer.unstack(config, params)
     position_BT = np.tile(np.arange(7), (2, 1))
-    context: Any = Packed(causal(7, 2).visible_BTS, keep=True)
+    context: Any = Packed.causal(2, 7, keep=True)
     _, kept = apply(config, params, tokens, position_BT, context)
     K, H, L = config.kv_heads, config.head_size, config.layers
     table_UCJ = np.random.default_rng(0).permutation(13)[:12].reshape(1, 6, 2)
@@ -532,7 +538,7 @@ def loss_and_gradient(config: ModelConfig) -> tuple[jax.Array, Params]:
     """Of the same model, with its layers stacked or not."""
     params = make_params(config.with_(scan_layers=True, remat=False))
     if not config.scan_layers:
-        _, params = transformer.unstack(config, params)
+        config, params = transformer.unstack(config, params)
     tokens_BT = random_tokens(2, 8)
 
     def loss(params: Params) -> jax.Array:

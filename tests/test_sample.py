@@ -79,8 +79,7 @@ def _naive(config: ModelConfig) -> Any:
 
     def logits(params: Params, tokens_T: jax.Array) -> jax.Array:
         T = len(tokens_T)
-        causal = jnp.tril(jnp.ones((T, T), bool))[None]
-        hidden, _ = model.apply(params, tokens_T[None], jnp.arange(T)[None], Packed(causal))
+        hidden, _ = model.apply(params, tokens_T[None], jnp.arange(T)[None], Packed.causal(1, T))
         return model.apply(params, hidden, method="logits")[0]
 
     return jax.jit(logits)
@@ -860,7 +859,7 @@ def test_slots_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
     with jax.set_mesh(mesh):
         slots = decode.idle_slots(decode.slot_shapes(model, mesh, 2, 4, 16, pages))
         initial = transformer.init(config, jax.random.key(0), mesh)
-        params = transformer.unstack(config, initial, cast=True)[1]
+        params = transformer.unstack(config, initial, cast="all")[1]
         prefill, advance = engine_module.programs(model, mesh, sampling)
         tokens = sharding.to_global(mesh, "BT", np.ones((4, 16), np.int32))
         length, row = (sharding.to_global(mesh, "B", np.full(4, n, np.int32)) for n in (9, 1))

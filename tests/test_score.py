@@ -76,8 +76,8 @@ def _naive(config: ModelConfig) -> Any:
         model = Transformer(config)
 
         def values(params: Params, tokens_BT: jax.Array) -> jax.Array:
-            causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None]
-            hidden, _ = model.apply(params, tokens_BT, jnp.arange(LENGTH)[None], Packed(causal))
+            causal = Packed.causal(1, LENGTH)
+            hidden, _ = model.apply(params, tokens_BT, jnp.arange(LENGTH)[None], causal)
             return model.apply(params, hidden, method="value")
 
         _COMPILED[config] = jax.jit(values)

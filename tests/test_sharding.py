@@ -119,7 +119,7 @@ def test_constraints_bind_under_a_mesh_and_vanish_without(make_mesh: MakeMesh) -
 
     def text() -> str:
         tokens = jnp.zeros((8, 16), jnp.int32)
-        context = transformer.Packed(jnp.ones((8, 16, 16), bool))
+        context = transformer.Packed.causal(8, 16)
         apply = jax.jit(lambda *inputs: Transformer(config).apply(*inputs))  # traced anew
         return apply.lower(transformer.shapes(config), tokens, tokens, context).as_text()
 

@@ -221,12 +221,11 @@ def plain_outputs() -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
     lines = [q + c for q, gold, completions in some_problems() for c in [gold, *completions]]
     tokens = np.array([line + [0] * (20 - len(line)) for line in lines])
     n = len(lines)
-    visible = jnp.broadcast_to(jnp.tril(jnp.ones((20, 20), bool)), (n, 20, 20))
 
     @jax.jit
     def outputs(params: Params) -> tuple[jax.Array, jax.Array]:
         position = np.tile(np.arange(20), (n, 1))
-        hidden, _ = model.apply(params, tokens, position, Packed(visible))
+        hidden, _ = model.apply(params, tokens, position, Packed.causal(n, 20))
         return tuple(model.apply(params, hidden, method=m) for m in ("logits", "value"))
 
     logits, value = map(np.asarray, outputs(params))

@@ -56,14 +56,10 @@ class Look(NamedTuple):
     cap: float = 0.0
     attention: str = "auto"
 
-    def near(self, visible_BTS: jax.Array, positions: Any = None) -> jax.Array:
-        """`visible` less what is out of the window, of keys at `positions`, [B, T or 1, S].
-
-        None: at those of the queries.
-        """
+    def near(self, visible_BTS: jax.Array, positions: Any) -> jax.Array:
+        """`visible` less what is out of the window, of keys at `positions`, [B, T or 1, S]."""
         if self.window is None:
             return visible_BTS
-        positions = self.position_BT[:, None] if positions is None else positions
         distance_BTS = self.position_BT[:, :, None] - positions
         reach = jnp.where(self.window == 0, jnp.iinfo(jnp.int32).max, self.window)
         return visible_BTS & (distance_BTS < reach)
@@ -135,11 +131,21 @@ def by_kernel(attention: str, cap: float, mesh: jax.sharding.Mesh | None = None)
     return attention == "auto" and on_cpu and not cap and cpu_kernels.available()
 
 
+def seen(end_BS: jax.Array, first: int) -> jax.Array:
+    """Which of S positions those from the `first` on see, [B, T, S]: themselves, and those before
+    them whose end is after them."""
+    s = jnp.arange(end_BS.shape[1])
+    t = s[first:, None]
+    return (s == t) | (s < t) & (t < end_BS[:, None])
+
+
 def by_rows(
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    visible_BTS: jax.Array,
+    end_BT: jax.Array,
+    position_BT: Any = None,
+    window: Any = None,
     scale: float = 0.0,
     cap: float = 0.0,
 ) -> jax.Array:
@@ -148,42 +154,64 @@ def by_rows(
     On CPU rows go one after another, so that a block's logits stay in the cache: [B, T, S] of
     them through memory took four times as long forward and more than twice backward. The backward
     pass computes them anew.
+
+    Args:
+      end_BT, position_BT, window: as `Packed` and `Look` have them.
     """
     T = q_BTKGH.shape[1]
     k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     block = max(LEAST_BLOCK, -(-T // QUERY_BLOCKS))
 
     @jax.checkpoint
-    def rows(q_BTKGH: Any, k_BKSH: Any, v_BKSH: Any, visible_BTS: Any) -> jax.Array:
+    def rows(q_BTKGH: Any, k_BKSH: Any, v_BKSH: Any, end_BT: Any, position_BT: Any) -> jax.Array:
         blocks = []
         for start in range(0, T, block):
             end = min(start + block, T)
-            visible = visible_BTS[:, None, start:end, None, :end]
-            seen = (SHARED, k_BKSH[:, :, :end], v_BKSH[:, :, :end], visible)
-            blocks.append(softmax(part(q_BTKGH[:, start:end], *seen, scale, cap)))
+            visible_BTS = seen(end_BT[:, :end], start)
+            if window is not None:
+                look = Look(position_BT[:, start:end], window)
+                visible_BTS = look.near(visible_BTS, position_BT[:, None, :end])
+            look_at = (
+                SHARED,
+                k_BKSH[:, :, :end],
+                v_BKSH[:, :, :end],
+                visible_BTS[:, None, :, None],
+            )
+            blocks.append(softmax(part(q_BTKGH[:, start:end], *look_at, scale, cap)))
         return jnp.concatenate(blocks, 1).astype(q_BTKGH.dtype)
 
     if sharding.platform() != "cpu":
-        return rows(q_BTKGH, k_BKSH, v_BKSH, visible_BTS)
+        return rows(q_BTKGH, k_BKSH, v_BKSH, end_BT, position_BT)
     # In float32, as `_einsum` wants them: to write a row into a bfloat16 result, XLA:CPU converts
     # all of the result, which took an eighth of a training step of SmolLM2-135M.
     wide = [x.astype(jnp.float32) for x in (q_BTKGH, k_BKSH, v_BKSH)]
-    out = jax.lax.map(lambda row: rows(*(x[None] for x in row))[0], (*wide, visible_BTS))
-    return out.astype(q_BTKGH.dtype)
+
+    def one(row: Any) -> jax.Array:
+        return rows(*jax.tree.map(lambda x: x[None], row))[0]
+
+    return jax.lax.map(one, (*wide, end_BT, position_BT)).astype(q_BTKGH.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Packed:
-    """Whole sequences. With `keep`, a layer also returns its keys and values, [B, K, T, H] each."""
+    """Whole sequences.
 
-    visible_BTS: jax.Array
+    Attributes:
+      end_BT: int32, where those end that see a position: it is seen by itself and by those after it
+        that are before its end, 0 for padding. That says all there is to say of trees that lie
+        depth first (`gsm_verifier.data.packing`), in T numbers, where a mask has T x T: of a row
+        of 3,328 positions 11 MB, which every head of every layer had to read on CPU.
+      keep: a layer also returns its keys and values, [B, K, T, H] each.
+    """
+
+    end_BT: jax.Array
     keep: bool = field(default=False, metadata=dict(static=True))
 
     @classmethod
     def causal(cls, B: int, T: int, keep: bool = False) -> "Packed":
         """Rows of one sequence each: a position sees itself and what is before it."""
-        return cls(jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T)), keep)
+        return cls(jnp.full((B, T), T, jnp.int32), keep)
 
     def __call__(
         self,
@@ -193,14 +221,18 @@ class Packed:
         cache: None,
         look: Look = Look(),  # noqa: B008 - it is immutable
     ) -> tuple[jax.Array, Any]:
-        visible_BTS = look.near(self.visible_BTS)
+        rows = (q_BTKGH, k_BTKH, v_BTKH, self.end_BT)
         if by_kernel(look.attention, look.cap):
             scale = look.scale or q_BTKGH.shape[-1] ** -0.5
-            out = cpu_kernels.whole_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)
+            window = jnp.asarray(0 if look.window is None else look.window, jnp.int32)
+            position_BT = self.end_BT if look.window is None else look.position_BT
+            out = cpu_kernels.whole_attention(*rows, position_BT, window, scale)
         else:
             attention = functools.partial(by_rows, scale=look.scale, cap=look.cap)
-            letters = ("BTKGH", "BTKH", "BTKH", "BTS")
-            out = sharding.local(attention, letters, "BTKGH", q_BTKGH, k_BTKH, v_BTKH, visible_BTS)
+            letters = ["BTKGH", "BTKH", "BTKH", "BT"]
+            if look.window is not None:
+                rows, letters = (*rows, look.position_BT, look.window), [*letters, "BT", ""]
+            out = sharding.local(attention, letters, "BTKGH", *rows)
         return out, (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)) if self.keep else None
 
 

@@ -3,7 +3,7 @@
 //
 // `Decode` is one step of the sampler: each slot's key and value are put into its own branch's page,
 // in place, and its query looks over its prompt, read once for all of its slots, and its branch.
-// `Whole` is rows of sequences that see themselves through a mask, forwards and backwards. `Draw`
+// `Whole` is rows of trees of sequences that see themselves, forwards and backwards. `Draw`
 // draws a token of each slot's logits.
 //
 // Attention of whole rows in bfloat16 multiplies pairs of numbers where the processor can, which
@@ -52,7 +52,8 @@ constexpr Integers kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
 #else
 constexpr Integers kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
-typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+typedef int32_t UnalignedIntegers
+    __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
 
 template <typename T>
 T Load(const float* from) { return *from; }
@@ -492,8 +493,9 @@ struct Decode {
 
 constexpr Size kQueries = 16;  // positions whose queries are worked on together
 
-// Rows of T positions that see what visible_BTS says. Their queries, keys, values, results, and of
-// all the gradients are [B, T, K, G or 1, H].
+// Rows of T positions, each of which is seen by itself and by those after it that are before its
+// end, if their place in the sequence is less than a window after its own. Their queries, keys,
+// values, results, and of all the gradients are [B, T, K, G or 1, H].
 //
 // Where factors are pairs, weights and their gradients are rounded to bfloat16 too.
 template <typename E, typename X>
@@ -503,7 +505,7 @@ struct Whole {
   Size B, T, K, G, H;
   float scale;
   const E *q_BTKGH, *k_BTKH, *v_BTKH;
-  const bool* visible_BTS;
+  const int32_t *end_BT, *position_BT, *window;  // 0: there is none
   E* out_BTKGH;
   float* log_total_BTKG;  // logarithm of the sum of the weights
   const E* d_out_BTKGH;
@@ -553,20 +555,46 @@ struct Whole {
     Size column;      // where it begins among the columns of a tile
   };
 
-  // What any of the queries sees, in whole vectors; and the columns they take.
-  Size Runs(Size b, Size t, Size count, std::vector<Run>& runs, std::vector<char>& seen) const {
-    std::fill(seen.begin(), seen.end(), 0);
-    char* const __restrict any = seen.data();  // or it might be T, which is a member
-    for (Size i = 0; i < count; ++i) {
-      const bool* const visible = visible_BTS + (b * T + t + i) * T;
-      for (Size s = 0; s < T; ++s) any[s] |= visible[s];
+  // Who sees a row's positions, which are filled up by some that nobody sees; and of each vector of
+  // them what one of them at least has.
+  struct Seen {
+    std::vector<int32_t> end, position, last_end, last_position;
+    int32_t reach;  // of the window; all, if there is none
+
+    Integers operator()(Size t, Size s) const {
+      const auto load = [s](const std::vector<int32_t>& from) -> Integers {
+        return *reinterpret_cast<const UnalignedIntegers*>(&from[s]);
+      };
+      const Integers at = kLaneNumbers + int32_t(s);
+      const Integers seen = (at == int32_t(t)) | ((at < int32_t(t)) & (load(end) > int32_t(t)));
+      return seen & (position[t] - load(position) < reach);
     }
+  };
+
+  Seen SeenOf(Size b) const {
+    const Size padded = Padded(T);
+    Seen seen{{}, {}, {}, {}, *window ? *window : INT32_MAX};
+    const auto fill = [&](const int32_t* row, std::vector<int32_t>& each, std::vector<int32_t>& last) {
+      each.assign(row, row + T);
+      each.resize(padded);
+      for (Size s = 0; s < padded; s += kLanes)
+        last.push_back(*std::max_element(&each[s], &each[s] + kLanes));
+    };
+    fill(end_BT + b * T, seen.end, seen.last_end);
+    fill(position_BT + b * T, seen.position, seen.last_position);
+    return seen;
+  }
+
+  // What any of the queries may see, in whole vectors; and the columns they take.
+  Size Runs(const Seen& seen, Size t, Size count, std::vector<Run>& runs) const {
+    const int32_t* const positions = &seen.position[t];
+    const int32_t beyond = *std::min_element(positions, positions + count) - seen.reach;
     runs.clear();
     Size columns = 0;
-    for (Size s = 0; s < T; s += kLanes) {
-      char some = 0;
-      for (Size i = 0; i < kLanes; ++i) some |= any[s + i];
-      if (!some) continue;
+    for (Size s = 0; s < t + count; s += kLanes) {
+      const Size i = s / kLanes;
+      if (s + kLanes <= t && seen.last_end[i] <= t) continue;
+      if (seen.last_position[i] <= beyond) continue;
       if (runs.empty() || runs.back().from + runs.back().size != s) runs.push_back({s, 0, columns});
       runs.back().size += std::min(kLanes, T - s);
       columns += kLanes;
@@ -575,23 +603,20 @@ struct Whole {
   }
 
   // q k' of the runs, and where that isn't seen, what no weight comes of.
-  void Logits(Size b, Size t, Size count, const std::vector<Run>& runs, MatrixOf<X> q,
+  void Logits(const Seen& seen, Size t, Size count, const std::vector<Run>& runs, MatrixOf<X> q,
               MatrixOf<X> k_HT, Matrix logits) const {
     for (const auto& [from, size, column] : runs) {
       Multiply(q, MatrixOf<X>{k_HT.data + from, k_HT.stride},
                Matrix{logits.data + column, logits.stride}, count * G, Count(H), Padded(size),
                false);
-      for (Size row = 0; row < count * G; ++row) {
-        const bool* const visible = visible_BTS + (b * T + t + row / G) * T + from;
-        float* const logit = logits.row(row) + column;
-        Size s = 0;
-        for (; s + kLanes <= size; s += kLanes) {
-          const Integers seen = __builtin_convertvector(*(const Bytes*)(visible + s), Integers);
-          Store(logit + s, seen ? scale * Load<Vector>(logit + s) : Vector{} + kHidden);
+      for (Size i = 0; i < count; ++i)
+        for (Size s = 0; s < size; s += kLanes) {
+          const Integers visible = seen(t + i, from + s);
+          for (Size g = 0; g < G; ++g) {
+            float* const logit = logits.row(i * G + g) + column + s;
+            Store(logit, visible ? scale * Load<Vector>(logit) : Vector{} + kHidden);
+          }
         }
-        for (; s < size; ++s) logit[s] = visible[s] ? scale * logit[s] : kHidden;
-        Hide(logit, size, Padded(size));
-      }
     }
   }
 
@@ -609,24 +634,17 @@ struct Whole {
     const Matrix y = floats(rows, H), all_logits = floats(rows, padded);
     std::vector<float> totals(rows);
     std::vector<Run> runs;
-    std::vector<char> seen(padded);
+    const Seen seen = SeenOf(b);
     for (Size t = first * kQueries; t < T; t += every * kQueries) {
-      const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
+      const Size count = std::min(kQueries, T - t), columns = Runs(seen, t, count, runs);
       const Matrix logits{all_logits.data, columns};
       Along<X>(Queries(q_BTKGH, b, k, t), count * G, H, q);
-      Logits(b, t, count, runs, q, k_HT, logits);
+      Logits(seen, t, count, runs, q, k_HT, logits);
       std::fill_n(y.data, count * G * H, 0.0f);
       for (Size row = 0; row < count * G; ++row) {
         const float top = Top(logits.row(row), columns, kHidden);
-        float total = Weigh(logits.row(row), columns, top);
-        float log_total = top + std::log(total);
-        if (top == kHidden && total == total) {  // it sees nothing, and gets 0
-          std::fill_n(logits.row(row), columns, 0.0f);
-          total = 1;
-          log_total = 0;
-        }
-        totals[row] = total;
-        log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = log_total;
+        totals[row] = Weigh(logits.row(row), columns, top);
+        log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = top + std::log(totals[row]);
       }
       const MatrixOf<X> weights = TileAlong(logits, count * G, columns, tile.data);
       for (const auto& [from, size, column] : runs)
@@ -654,9 +672,9 @@ struct Whole {
     const Matrix d_k_TH = floats(T, H), d_v_TH = floats(T, H), d_q = floats(rows, H);
     const Matrix all_weights = floats(rows, padded), all_d_logits = floats(rows, padded);
     std::vector<Run> runs;
-    std::vector<char> seen(padded);
+    const Seen seen = SeenOf(b);
     for (Size t = 0; t < T; t += kQueries) {
-      const Size count = std::min(kQueries, T - t), columns = Runs(b, t, count, runs, seen);
+      const Size count = std::min(kQueries, T - t), columns = Runs(seen, t, count, runs);
       const Size used = count * G;
       const Matrix weights{all_weights.data, columns}, d_logits{all_d_logits.data, columns};
       const auto queries = Queries(q_BTKGH, b, k, t), outs = Queries(out_BTKGH, b, k, t);
@@ -665,7 +683,7 @@ struct Whole {
       Along<X>(d_outs, used, H, d_out);
       Across<X>(queries, used, H, q_across);
       Across<X>(d_outs, used, H, d_out_across);
-      Logits(b, t, count, runs, q, k_HT, weights);
+      Logits(seen, t, count, runs, q, k_HT, weights);
       for (const auto& [from, size, column] : runs)
         Multiply(d_out, MatrixOf<X>{v_HT.data + from, v_HT.stride},
                  Matrix{d_logits.data + column, columns}, used, Count(H), Padded(size), false);
@@ -782,7 +800,6 @@ template <int rank>
 using Floats = Of<ffi::F32, rank>;
 template <int rank>
 using Int32s = Of<ffi::S32, rank>;
-using Mask = Of<ffi::PRED, 3>;
 
 template <ffi::DataType type>
 ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
@@ -834,17 +851,19 @@ template <ffi::DataType type>
 using WholeOf = Whole<ffi::NativeType<type>, Factor<ffi::NativeType<type>>>;
 
 template <ffi::DataType type>
-WholeOf<type> Arguments(Of<type, 5> q, Of<type, 4> k, Of<type, 4> v, Mask visible, float scale) {
+WholeOf<type> Arguments(Of<type, 5> q, Of<type, 4> k, Of<type, 4> v, Int32s<2> end,
+                        Int32s<2> position, Int32s<0> window, float scale) {
   const auto d = q.dimensions();
   return {d[0], d[1], d[2], d[3], d[4], scale, q.typed_data(), k.typed_data(), v.typed_data(),
-          visible.typed_data()};
+          end.typed_data(), position.typed_data(), window.typed_data()};
 }
 
 template <ffi::DataType type>
 ffi::Error RunForwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
-                       Mask visible, ffi::Result<Of<type, 5>> out,
-                       ffi::Result<Floats<4>> log_total, float scale, int64_t) {
-  auto rows = Arguments<type>(q, k, v, visible, scale);
+                       Int32s<2> end, Int32s<2> position, Int32s<0> window,
+                       ffi::Result<Of<type, 5>> out, ffi::Result<Floats<4>> log_total, float scale,
+                       int64_t) {
+  auto rows = Arguments<type>(q, k, v, end, position, window, scale);
   rows.out_BTKGH = out->typed_data();
   rows.log_total_BTKG = log_total->typed_data();
   // A row's head is one part, or if threads can't share so few evenly, several parts of its tiles,
@@ -860,10 +879,11 @@ ffi::Error RunForwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<ty
 
 template <ffi::DataType type>
 ffi::Error RunBackwards(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
-                        Mask visible, Of<type, 5> out, Floats<4> log_total, Of<type, 5> d_out,
-                        ffi::Result<Of<type, 5>> d_q, ffi::Result<Of<type, 4>> d_k,
-                        ffi::Result<Of<type, 4>> d_v, float scale, int64_t) {
-  auto rows = Arguments<type>(q, k, v, visible, scale);
+                        Int32s<2> end, Int32s<2> position, Int32s<0> window, Of<type, 5> out,
+                        Floats<4> log_total, Of<type, 5> d_out, ffi::Result<Of<type, 5>> d_q,
+                        ffi::Result<Of<type, 4>> d_k, ffi::Result<Of<type, 4>> d_v, float scale,
+                        int64_t) {
+  auto rows = Arguments<type>(q, k, v, end, position, window, scale);
   rows.out_BTKGH = out.typed_data();
   rows.log_total_BTKG = log_total.typed_data();
   rows.d_out_BTKGH = d_out.typed_data();
@@ -881,7 +901,9 @@ auto WholeBinding() {
       .template Arg<Of<type, 5>>()  // q_BTKGH
       .template Arg<Of<type, 4>>()  // k_BTKH
       .template Arg<Of<type, 4>>()  // v_BTKH
-      .template Arg<Mask>();        // visible_BTS
+      .template Arg<Int32s<2>>()    // end_BT
+      .template Arg<Int32s<2>>()    // position_BT
+      .template Arg<Int32s<0>>();   // window
 }
 
 template <ffi::DataType type>

@@ -111,7 +111,8 @@ def available() -> bool:
     return True
 
 
-Q, KV, SEEN = "BTKGH", "BTKH", "BTS"  # the dimensions of queries, of keys and values, of a mask
+Q, KV = "BTKGH", "BTKH"  # the dimensions of queries, and of keys and values
+SEEN = ("BT", "BT", "")  # of the ends and places of positions, and of the window
 TOTAL = "BTKG"  # of the logarithm of the sum of a query's weights
 PROMPTS, PAGES = "UPKSH", "UZKWH"  # keys and values of prompts, and of pages of branches
 NEW = ("UTKGH", "UTKH", "UTKH")  # queries, keys and values of slots
@@ -197,39 +198,50 @@ def decode_attention(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def whole_attention(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible_BTS: jax.Array, scale: float
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    end_BT: jax.Array,
+    position_BT: jax.Array,
+    window: jax.Array,
+    scale: float,
 ) -> jax.Array:
     """Softmax attention of rows that see themselves, [B, T, K, G, H], all of one of `DTYPES`.
 
     Args:
-      visible_BTS: which positions S a position T sees; who sees none gets 0.
+      end_BT: a position is seen by itself and by those after it that are before its end.
+      position_BT, window: and of these by those whose position is less than a window, int32, above
+        its own; 0: by all.
       scale: of the logits.
     """
-    return _forwards(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, scale)[0]
+    return _forwards(q_BTKGH, k_BTKH, v_BTKH, end_BT, position_BT, window, scale)[0]
 
 
-def _forwards(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> Any:
+def _forwards(
+    q: jax.Array, k: jax.Array, v: jax.Array, end: Any, position: Any, window: Any, scale: float
+) -> Any:
     """Its result, and what the gradient is computed from."""
+    given = (q, k, v, *(x.astype(jnp.int32) for x in (end, position, window)))
     out, log_total = _call(
         "forwards",
-        (Q, KV, KV, SEEN),
+        (Q, KV, KV, *SEEN),
         (Q, TOTAL),
         lambda q, *_: (q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)),
         lambda q, *_: 4 * q.size * q.shape[1],
-        *(q, k, v, visible),
+        *given,
         dtype=q.dtype,
         scale=np.float32(scale),
     )
-    return out, (q, k, v, visible, out, log_total)
+    return out, (*given, out, log_total)
 
 
 def _backwards(scale: float, kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[Any, ...]:
     """Its gradients; the weights are computed anew."""
     gradients = _call(
         "backwards",
-        (Q, KV, KV, SEEN, Q, TOTAL, Q),
+        (Q, KV, KV, *SEEN, Q, TOTAL, Q),
         (Q, KV, KV),
         lambda q, k, v, *_: (q, k, v),
         lambda q, *_: 10 * q.size * q.shape[1],
@@ -237,7 +249,7 @@ def _backwards(scale: float, kept: tuple[jax.Array, ...], d_out: jax.Array) -> t
         dtype=d_out.dtype,
         scale=np.float32(scale),
     )
-    return (*gradients, None)
+    return (*gradients, None, None, None)
 
 
 whole_attention.defvjp(_forwards, _backwards)

@@ -126,7 +126,7 @@ class Engine:
         self._pools = len(sharding.share(mesh).blocks)  # this process's own
         self._mesh, self._tokenizer, self._sampling = mesh, tokenizer, sampling
         # Matrices are cast once here, not at every step.
-        self._config, self._params = transformer.unstack(config, params, cast=True)
+        self._config, self._params = transformer.unstack(config, params, cast="all")
         table = tokenizer.grammar() if calculator else np.zeros((tokenizer.size, GRAMMAR), np.int8)
         padded = np.zeros((config.vocab_size, table.shape[1]), np.int32)
         padded[: len(table)] = table

@@ -33,11 +33,6 @@ class Batch(NamedTuple):
     def of(cls, fields: dict[str, np.ndarray]) -> "Batch":
         return cls(**{f"{name}_BT": array for name, array in fields.items()})
 
-    def visible_BTS(self) -> jax.Array:
-        """Position t sees s: itself, or one before it that its sequence goes through."""
-        t, s = np.arange(self.tokens_BT.shape[1])[:, None], np.arange(self.tokens_BT.shape[1])
-        return (s == t) | (s < t) & (t < self.end_BT[:, None, :])
-
 
 def document_trees(documents: Iterable[Sequence[int]], capacity: int) -> Iterator[Tree]:
     """Pretraining: documents in pieces of at most `capacity` predictions, all of weight 1."""

@@ -109,7 +109,7 @@ def loss_sums(
         params,
         batch.tokens_BT,
         batch.position_BT,
-        Packed(batch.visible_BTS()),
+        Packed(batch.end_BT),
         key_B=key_B,
     )
     raw_BT = model.apply(params, hidden_BTD, method="value")
