@@ -34,13 +34,12 @@ def items(args: Namespace, tokenizer: Any) -> Items:
 
 def ours(args: Namespace) -> Callable[[], np.ndarray]:
     """The scorer of this project."""
-    from gsm_verifier.score import Scorer
+    from gsm_verifier.score import Scorer, prepared
 
     model = contest.load(args)
     work = items(args, model.tokenizer)
     scorer = Scorer(
-        model.config,
-        contest.headed(model),
+        *prepared(model.config, contest.headed(model), model.mesh),
         model.mesh,
         squash="none",
         row_tokens=args.row_tokens,

@@ -31,7 +31,7 @@ from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.records import Completion
 from gsm_verifier.sample.engine import Engine, Request, sampling_of
-from gsm_verifier.score import Scorer, aggregate
+from gsm_verifier.score import Scorer, aggregate, prepared
 from gsm_verifier.stages import Run
 from gsm_verifier.text.tokenizer import Tokenizer
 
@@ -212,10 +212,13 @@ class Verifier(Model):
         """A scorer for each length, compiled once."""
         return functools.cache(self._new_scorer)
 
+    @functools.cached_property
+    def _prepared(self) -> tuple[ModelConfig, Params]:
+        return prepared(self.config, self.params, self.mesh)
+
     def _new_scorer(self, row_tokens: int) -> Scorer:
         return Scorer(
-            self.config,
-            self.params,
+            *self._prepared,
             self.mesh,
             squash=self.options.verify.squash,
             row_tokens=row_tokens,

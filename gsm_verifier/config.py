@@ -64,7 +64,7 @@ def training(**changes: Any) -> ConfigDict:
         dict(
             epochs=1.0,  # passes over the stage's examples; 0 keeps the model it starts from
             learning_rate=1e-5,  # table 1: 1.6e-5 (3B) ... 6e-6 (175B); finetuning a tenth of it
-            batch_tokens=32_000,  # tokens of one optimiser step (table 1)
+            batch_tokens=32_000,  # of one optimiser step (table 1), computed ones
             row_tokens=1024,  # T: examples are packed into rows of this length
             microbatch_rows=8,  # rows computed at one time; a step accumulates as many as it needs
             warmup_steps=0,  # open

@@ -375,7 +375,7 @@ class Programs:
             *trained("verify", sampled * sum(tree.length for tree in trees)),
             ("score", prefill, 2 * test),  # the greedy answers' too
             ("score", decoded, test * (m + 1) * SOLUTION),
-            ("score", self.score(), test * (QUESTION + m * (SOLUTION + 1))),
+            ("score", self.score(), test * (QUESTION + m * SOLUTION)),
         ]
         return [each for each in found if each[0] in _sections(self._stages)]
 

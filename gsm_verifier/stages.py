@@ -55,7 +55,7 @@ from gsm_verifier.model.transformer import Params
 from gsm_verifier.records import Completion, Label, Problem, Record, Score
 from gsm_verifier.report import page
 from gsm_verifier.sample.engine import Engine, Request, mesh_of, sampling_of
-from gsm_verifier.score import Scorer, aggregate
+from gsm_verifier.score import Scorer, aggregate, prepared
 from gsm_verifier.text import answers
 from gsm_verifier.text.tokenizer import Tokenizer
 from gsm_verifier.train import loop
@@ -654,8 +654,7 @@ def score(run: Run) -> None:
     baseline = "baseline" if run.config.baseline.epochs > 0 else "generator"
     _sample(run, _engine(run, baseline, 1, temperature=0.0), samples / "greedy", test, 1)
     scorer = Scorer(
-        run.model_of("verifier"),
-        run.params("verifier"),
+        *prepared(run.model_of("verifier"), run.params("verifier"), run.mesh),
         run.mesh,
         squash=run.config.verify.squash,
         row_tokens=run.config.score.row_tokens,

@@ -23,7 +23,7 @@ from gsm_verifier.model.attention import (
     Packed,
     by_rows,
     seats,
-    seen,
+    sees,
 )
 from gsm_verifier.model.cpu_kernels import NEW, SLOTS
 from gsm_verifier.sample import decode
@@ -200,7 +200,7 @@ def test_a_position_sees_those_that_lead_to_it() -> None:
         leads: list[int] = []
         for t, depth in enumerate(depth_BT[b]):
             leads = [*leads[:depth], t]
-            assert np.flatnonzero(seen(end_BT, t)[b, 0]).tolist() == leads
+            assert np.flatnonzero(sees(end_BT, t)[b, 0]).tolist() == leads
 
 
 def results_and_gradients(attention: Any, arrays: list[Any], dtype: str) -> list[np.ndarray]:
@@ -255,6 +255,18 @@ def test_what_a_row_does_not_see_is_not_read(dtype: str) -> None:
     for a, b in zip((out, d_q), expected, strict=False):
         np.testing.assert_array_equal(a[:, :32], b[:, :32])  # whole tiles of queries
     assert np.isnan(out[:, 40:]).all()  # and it shows where it is seen
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", cpu_kernels.DTYPES)
+def test_what_lies_before_the_window_is_not_read(dtype: str) -> None:
+    arrays = rows_example(1, 90, 1, 2, 16, window=6)
+    arrays[4][:] = np.arange(90)
+    expected = results_and_gradients(whole, arrays, dtype)
+    for x in arrays[1:3]:
+        x[:, :40] = np.nan
+    out, *_ = results_and_gradients(whole, arrays, dtype)
+    np.testing.assert_array_equal(out[:, 64:], expected[0][:, 64:])  # whole tiles and vectors
 
 
 @needs_compiler

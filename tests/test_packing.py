@@ -157,6 +157,7 @@ def test_split_keeps_every_branch_once_as_laid_out_within_the_capacity(
     laid_out = [tree.branches[number] for number, _ in tree.layout]
     assert [b for part in parts for b in part.branches] == laid_out
     for part in parts:
+        assert part.layout == Tree(part.question, part.branches).layout
         assert [number for number, _ in part.layout] == list(range(len(part.branches)))
     assert all(part.question == tree.question for part in parts)
     assert [part.lm_weight for part in parts] == [tree.lm_weight] + [0.0] * (len(parts) - 1)

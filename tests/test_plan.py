@@ -500,6 +500,8 @@ def test_amounts_follow_the_config(mesh: Mesh) -> None:
     # Trees of 2, 2 and 1 completions and a gold one, whose last token isn't computed.
     branches = 5 * plan.SOLUTION + 3 * (plan.SOLUTION - 1)
     assert found["verify", 4] == 3 * (3 * plan.QUESTION + branches)
+    each = plan.QUESTION + config.sample.test_completions * plan.SOLUTION
+    assert found["score", max(found)[1]] == config.data.test_size * each
     config.sample.imported = "completions.jsonl"
     assert ("verify", 2) in amounts()
 

@@ -16,7 +16,7 @@ from gsm_verifier.model import transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import FAMILIES, ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
-from gsm_verifier.score import AGGREGATES, Scorer, aggregate
+from gsm_verifier.score import AGGREGATES, Scorer, aggregate, prepared
 
 settings.register_profile("untimed", deadline=None)  # machines are shared
 settings.load_profile("untimed")
@@ -150,6 +150,22 @@ def test_a_scorer_is_called_again_and_order_is_kept(mesh: Mesh, items: Items) ->
     check(list(scorer(iter(items[::-1]))), expected[::-1])
     assert list(scorer([])) == []
     assert list(scorer([items[1]])) == [[]]
+
+
+def test_what_is_cast_ahead_gives_the_same_values(mesh: Mesh, items: Items) -> None:
+    """But for the sums' order; the value's row isn't rounded."""
+    config = tiny().with_(dtype="bfloat16")
+    params = jax.device_put(random_params(config), transformer.shardings(config, mesh))
+    alike = []
+    for model, weights in ((config, params), prepared(config, params, mesh)):
+        scorer = Scorer(model, weights, mesh, squash="none", row_tokens=64, rows=4)
+        alike.append(np.concatenate([v for group in scorer(items) for v in group]))
+    assert {x.dtype for x in jax.tree.leaves(weights["params"]["layers_0"])} > {
+        jnp.dtype("bfloat16")
+    }
+    assert weights["params"][transformer.table(config)].dtype == jnp.float32
+    np.testing.assert_allclose(*alike, atol=0.02)
+    assert prepared(tiny(), params, mesh)[1] is params
 
 
 def test_squashed_values_are_the_sigmoid_of_the_raw_ones(mesh: Mesh, items: Items) -> None:

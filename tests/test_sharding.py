@@ -12,7 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from gsm_verifier import sharding
 from gsm_verifier.data.packing import FIELDS
 from gsm_verifier.model import transformer
-from gsm_verifier.model.transformer import Transformer
+from gsm_verifier.model.config import ModelConfig
+from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.train import loop, optimizer
 from gsm_verifier.train.losses import Objective
 
@@ -112,6 +113,25 @@ def test_a_letter_whose_axes_another_has_taken_need_not_be_divided(make_mesh: Ma
         found = jax.jit(lambda x: sharding.local(double, ("UBK",), "UBK", x))(x_UBK)
     np.testing.assert_array_equal(found, 2 * x_UBK)
     assert shapes == [(1, 3, 1)]
+
+
+def test_windows_of_layers_of_their_own_on_a_mesh(make_mesh: MakeMesh) -> None:
+    config = make_config("llama", windows=(3, 0), attention="jax")
+    params = transformer.init(config, jax.random.key(0), make_mesh())
+    tokens_BT = np.random.default_rng(0).integers(0, 100, (2, 9))
+    position_BT = np.tile(np.arange(9), (2, 1))
+
+    def hidden(config: ModelConfig, params: Params) -> np.ndarray:
+        context = transformer.Packed.causal(2, 9)
+        apply = jax.jit(functools.partial(Transformer(config).apply, context=context))
+        return np.asarray(apply(params, tokens_BT, position_BT)[0])
+
+    expected = hidden(config, params)
+    with jax.set_mesh(make_mesh(2, 1, 1)):
+        placed = jax.device_put(params, transformer.shardings(config, make_mesh(2, 1, 1)))
+        found = hidden(*transformer.unstack(config, placed))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(hidden(config.with_(windows=()), params) - expected).max() > 1e-3
 
 
 def test_constraints_bind_under_a_mesh_and_vanish_without(make_mesh: MakeMesh) -> None:

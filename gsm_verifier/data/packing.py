@@ -178,7 +178,7 @@ def split(tree: Tree, capacity: int) -> list[Tree]:
     Raises:
       ValueError: the question and one branch don't fit.
     """
-    parts: list[list[Branch]] = [[]]
+    parts: list[list[tuple[Branch, int]]] = [[]]
     room = space = capacity - (len(tree.question) - 1)
     for number, common in tree.layout:
         branch = tree.branches[number]
@@ -190,11 +190,15 @@ def split(tree: Tree, capacity: int) -> list[Tree]:
         if branch.length - common > room:
             parts.append([])
             room, common = space, 0
-        parts[-1].append(branch)
+        parts[-1].append((branch, common))
         room -= branch.length - common
-    return [
-        Tree(tree.question, part, tree.lm_weight if i == 0 else 0.0) for i, part in enumerate(parts)
-    ]
+    trees = []
+    for i, part in enumerate(parts):
+        branches = [branch for branch, _ in part]
+        trees.append(Tree(tree.question, branches, tree.lm_weight if i == 0 else 0.0))
+        # What `layout` would find: to sort them again takes longer than all else here.
+        vars(trees[-1])["layout"] = list(enumerate(common for _, common in part))
+    return trees
 
 
 def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:

@@ -131,7 +131,7 @@ def by_kernel(attention: str, cap: float, mesh: jax.sharding.Mesh | None = None)
     return attention == "auto" and on_cpu and not cap and cpu_kernels.available()
 
 
-def seen(end_BS: jax.Array, first: int) -> jax.Array:
+def sees(end_BS: jax.Array, first: int) -> jax.Array:
     """Which of S positions those from the `first` on see, [B, T, S]: themselves, and those before
     them whose end is after them."""
     s = jnp.arange(end_BS.shape[1])
@@ -167,7 +167,7 @@ def by_rows(
         blocks = []
         for start in range(0, T, block):
             end = min(start + block, T)
-            visible_BTS = seen(end_BT[:, :end], start)
+            visible_BTS = sees(end_BT[:, :end], start)
             if window is not None:
                 look = Look(position_BT[:, start:end], window)
                 visible_BTS = look.near(visible_BTS, position_BT[:, None, :end])
@@ -231,7 +231,8 @@ class Packed:
             attention = functools.partial(by_rows, scale=look.scale, cap=look.cap)
             letters = ["BTKGH", "BTKH", "BTKH", "BT"]
             if look.window is not None:
-                rows, letters = (*rows, look.position_BT, look.window), [*letters, "BT", ""]
+                rows = (*rows, look.position_BT, jnp.asarray(look.window))
+                letters += ["BT", ""]
             out = sharding.local(attention, letters, "BTKGH", *rows)
         return out, (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)) if self.keep else None
 

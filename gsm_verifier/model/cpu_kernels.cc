@@ -505,7 +505,8 @@ struct Whole {
   Size B, T, K, G, H;
   float scale;
   const E *q_BTKGH, *k_BTKH, *v_BTKH;
-  const int32_t *end_BT, *position_BT, *window;  // 0: there is none
+  const int32_t *end_BT, *position_BT;
+  const int32_t* window;  // 0: there is none
   E* out_BTKGH;
   float* log_total_BTKG;  // logarithm of the sum of the weights
   const E* d_out_BTKGH;

@@ -18,7 +18,8 @@ class Batch(NamedTuple):
       end_BT: in the row, past the last position that sees this one; 0 for padding.
       lm_weight_BT: weight of the cross-entropy of targets_BT.
       value_weight_BT: weight of the verifier's error after tokens_BT.
-      label_BT: is the branch a correct solution? Or the share of those that go through here.
+      label_BT: is it a correct solution that is judged here? The mean over those that go through,
+        by their weights; 0 where nobody is judged.
     """
 
     tokens_BT: jax.Array
@@ -72,7 +73,8 @@ def verifier_trees(
         as there are completions, in trees of their own. "weighted": the gold solution once, as a
         branch of the same tree, weighted by their number: the same expected gradient for less.
       branches: most completions of a tree, which share what they begin with, the question at
-        least; 1 is the paper's literal batch.
+        least, and its dropout; 1 is the paper's literal batch. They are taken as they were sampled:
+        sorted, more would be shared, but a step would be of completions that are alike.
       capacity: most positions of a tree.
     """
     trees = []
