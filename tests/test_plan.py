@@ -501,7 +501,7 @@ def test_amounts_follow_the_config(mesh: Mesh) -> None:
     branches = 5 * plan.SOLUTION + 3 * (plan.SOLUTION - 1)
     assert found["verify", 4] == 3 * (3 * plan.QUESTION + branches)
     each = plan.QUESTION + config.sample.test_completions * plan.SOLUTION
-    assert found["score", max(found)[1]] == config.data.test_size * each
+    assert found["score", max(i for _, i in found)] == plan.TEST * each
     config.sample.imported = "completions.jsonl"
     assert ("verify", 2) in amounts()
 
