@@ -39,7 +39,7 @@ def get_config(size: str = "") -> ConfigDict:
     shared = dict(row_tokens=256, microbatch_rows=4, clip_norm=1.0, warmup_steps=10)
     config.finetune.update(learning_rate=4e-4, batch_tokens=1024, **shared)
     config.baseline.update(learning_rate=3e-4, batch_tokens=2048, **shared)
-    config.verify.update(learning_rate=1.5e-3, batch_tokens=2048, branches=20, **shared)
+    config.verify.update(learning_rate=1e-3, batch_tokens=1024, branches=20, **shared)
     config.verify.eval_every = 100
     config.sample.update(
         completions=20,
