@@ -79,13 +79,32 @@ class Result(NamedTuple):
     memory: float
 
 
+def holding(*files: str, word: str | None = None) -> Callable[[str], str]:
+    """The type of an argument that names a folder with these files, or is a word instead."""
+
+    def folder(path: str) -> str:
+        missing = [file for file in files if not (Path(path) / file).is_file()]
+        if missing and path != word:
+            raise argparse.ArgumentTypeError(f"there is no {Path(path) / missing[0]}")
+        return path
+
+    return folder
+
+
 def arguments(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The options all benchmarks have."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a Hugging Face folder")
-    parser.add_argument("--data", default="gsm8k", help="folder of GSM8K's two files, or by TFDS")
+    parser.add_argument(
+        "--model", required=True, type=holding("config.json"), help="a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--data",
+        default="gsm8k",
+        type=holding("train.jsonl", "test.jsonl", word="gsm8k"),
+        help="folder of GSM8K's two files, or by TFDS",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--completions", type=int, default=100, help="of each question")

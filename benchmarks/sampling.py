@@ -139,7 +139,11 @@ def main() -> None:
         type=int,
         help="completions of each at one time, in the mean; all, with --real a sixth",
     )
-    parser.add_argument("--openvino", help="the model's folder as OpenVINO's; else it's left out")
+    parser.add_argument(
+        "--openvino",
+        type=contest.holding("openvino_model.xml"),
+        help="the model's folder as OpenVINO's; else it's left out",
+    )
     parser.add_argument("--gguf", help="the model's file as llama.cpp's; else it's left out")
     args = parser.parse_args()
     args.in_flight = args.in_flight or args.questions

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import contest
 from gsm_verifier import sharding
 from gsm_verifier.config import default
 from gsm_verifier.data import problems
@@ -134,7 +135,12 @@ def measure(kept: float, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure every share."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", required=True, help="a folder with GSM8K's train.jsonl")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=contest.holding("train.jsonl"),
+        help="a folder with GSM8K's train.jsonl",
+    )
     parser.add_argument("--kept", type=float, nargs="+", default=[1.0], help="sample.kept_share")
     parser.add_argument("--problems", type=int, default=150)
     parser.add_argument("--completions", type=int, default=100, help="of each problem")

@@ -181,3 +181,15 @@ def test_a_contender_nobody_knows_is_refused(folders: list[str]) -> None:
     assert done.returncode == 1
     assert "abacus" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["sampling", "scoring", "training", "roofline", "slots"])
+def test_a_folder_without_the_files_is_refused(program: str, tmp_path: Path) -> None:
+    options = ["--data", str(tmp_path)]
+    if program == "roofline":
+        options = ["--model", str(tmp_path)]
+    command = [sys.executable, "-m", f"benchmarks.{program}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{options[0]}: there is no {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
