@@ -1,7 +1,8 @@
-"""Completions per second: 100 of each question, all of one length, or with --real as they come.
+r"""Completions per second: 100 of each question, all of one length, or with --real as they come.
 
     python -m benchmarks.sampling --model <folder> --data <folder>
-    python -m benchmarks.sampling --model <folder> --data <folder> --real --questions 16
+    python -m benchmarks.sampling --model <folder> --data <folder> --real --questions 16 \
+        --tokens 300
 
 The equal work has no end-of-text and no calculator: every contender writes as many tokens, and may
 batch the questions as it likes. With --real a completion stops when it stops, and ours takes part

@@ -70,7 +70,7 @@ class Sampling:
       chunk: most steps between two looks of the host.
       patience: slots waiting, for an answer of the calculator or another completion, that make the
         device return early. With 320 slots and a patience of 1 that was after 490 steps 429 times,
-        with 10 after 515 steps 279 times. On CPU, where a look costs little, it was as fast.
+        with 10 after 515 steps 279 times. On CPU it was as fast.
       kept_share: how much is kept for the completions in flight, of what all of them would need if
         they were as long as they may get. Less makes some wait while the others are long.
       page: most positions of a page.
