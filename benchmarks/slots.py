@@ -57,11 +57,9 @@ class Device:
         return slots
 
     def advance(
-        self, params: Any, slots: decode.Slots, orders: decode.Orders, grammar: Any
+        self, params: Any, slots: decode.Slots, rows_UCX: jax.Array, grammar: Any
     ) -> tuple[decode.Slots, decode.Trace]:
-        obeyed = jax.tree.map(
-            np.array, decode.obey(slots._replace(caches=[]), jax.tree.map(np.asarray, orders))
-        )
+        obeyed = jax.tree.map(np.array, decode.obey(slots._replace(caches=[]), rows_UCX))
         W = slots.caches[0].own_k_UZKWH.shape[3]
         status, age = obeyed.status_UC, obeyed.age_UC
         room = W * (obeyed.table_UCJ != decode.NOWHERE).sum(-1)

@@ -274,10 +274,8 @@ class Programs:
         params = _parameters(mesh, model, cast=True)
         pages = sampling.pages(mesh, C)
         slots = decode.slot_shapes(model, mesh, P, C, S, pages)
-        orders = jax.tree.map(
-            lambda x: _array(mesh, "UC" + "S" * (x.ndim - 2), x.dtype, *x.shape),
-            decode.no_orders(U, C, pages.J),
-        )
+        orders = decode.Orders.rows(np.zeros((U, C, pages.J)))
+        orders = _array(mesh, "UCS", orders.dtype, *orders.shape)
         prompts = (("BT", U, S), ("B", U), ("B", U))
         prompts = tuple(_array(mesh, letters, np.int32, *shape) for letters, *shape in prompts)
         grammar = _array(mesh, "", np.int32, model.vocab_size, engine.GRAMMAR)

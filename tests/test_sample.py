@@ -864,10 +864,8 @@ def test_slots_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
         tokens = sharding.to_global(mesh, "BT", np.ones((4, 16), np.int32))
         length, row = (sharding.to_global(mesh, "B", np.full(4, n, np.int32)) for n in (9, 1))
         slots = prefill(params, slots, tokens, length, row)
-        orders = jax.tree.map(
-            lambda x: sharding.to_global(mesh, "UC" + "S" * (x.ndim - 2), x),
-            decode.no_orders(4, 4, pages.J),
-        )
+        table = np.full((4, 4, pages.J), NOWHERE)
+        orders = sharding.to_global(mesh, "UCS", decode.Orders.rows(table))
         grammar = jnp.zeros((model.vocab_size, engine_module.GRAMMAR), jnp.int32)
         slots, _ = advance(params, slots, orders, grammar)
     for cache in slots.caches:

@@ -28,12 +28,12 @@ import numpy as np
 
 from gsm_verifier import processes, sharding
 from gsm_verifier.model import transformer
-from gsm_verifier.model.attention import BranchCache, most_slots
+from gsm_verifier.model.attention import NOWHERE, BranchCache, most_slots
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.records import Completion
 from gsm_verifier.sample import decode
-from gsm_verifier.sample.decode import FORCED, Sampling
+from gsm_verifier.sample.decode import FORCED, Orders, Sampling
 from gsm_verifier.text import calculator
 from gsm_verifier.text.tokenizer import Tokenizer
 
@@ -135,13 +135,13 @@ class Engine:
         self._kept: tuple[int, list[BranchCache] | None] = (0, None)  # a run's S, and its caches
         self._steps = self._used = 0
 
-    def _compile(self, slots: decode.Slots, prompts: Any, orders: decode.Orders) -> None:
+    def _compile(self, slots: decode.Slots, prompts: Any, rows_UCX: jax.Array) -> None:
         """Compile both programs before there are slots, or the two peaks of memory would add up.
 
         The calls find what was compiled: JAX keeps it.
         """
         self._prefill.lower(self._params, slots, *prompts).compile()
-        self._advance.lower(self._params, slots, orders, self._grammar).compile()
+        self._advance.lower(self._params, slots, rows_UCX, self._grammar).compile()
 
     @property
     def useful(self) -> float:
@@ -195,7 +195,8 @@ class _Run:
         self._sample = np.full((U, C), -1, np.int64)  # -1: idle
         self._started = np.zeros((U, C), np.int64)  # counts up
         self._starts = 0
-        self._held: list[list[list[int]]] = [[[] for _ in range(C)] for _ in range(U)]  # pages
+        self._table = np.full((U, C, self._pages.J), NOWHERE, np.int32)  # its pages, in order
+        self._held = np.zeros((U, C), np.int64)  # how many
         self._tokens = np.zeros((U, C, W), np.int32)
         self._forced = np.zeros((U, C, W), bool)
         self._logprob = np.zeros((U, C, W), np.float64)
@@ -210,11 +211,12 @@ class _Run:
         if kept_S != self._S:
             caches = None  # freed before others are made
         shapes = decode.slot_shapes(e._config, e._mesh, e._P, e._C, self._S, self._pages)
-        e._compile(shapes, self._batch([None] * e._pools), self._global(self._no_orders()))
+        rows, _ = self._no_orders()
+        e._compile(shapes, self._batch([None] * e._pools), self._global(rows))
         self._slots = decode.idle_slots(shapes, caches)
 
     def loop(self, termination: processes.Termination) -> Iterator[Completion]:
-        orders = self._no_orders()
+        rows, orders = self._no_orders()
         while True:
             prefills, unfinished, stop = processes.largest(
                 self._prefills(), self._unfinished(), termination.noted
@@ -232,23 +234,23 @@ class _Run:
             self._start(orders)
             self._deal(orders)
             self._slots, trace = self._e._advance(
-                self._e._params, self._slots, self._global(orders), self._e._grammar
+                self._e._params, self._slots, self._global(rows), self._e._grammar
             )
             status = self._read(trace)
-            orders = self._no_orders()
+            rows, orders = self._no_orders()
             for u, c in np.argwhere(status == decode.ASKING):
                 self._answer(orders, u, c)
             for u, c in np.argwhere((status == decode.FINISHED) & (self._sample >= 0)):
                 yield self._harvest(u, c)
-                orders.stop_UC[u, c] = True
+                orders.what_UC[u, c] = decode.STOP
 
-    def _no_orders(self) -> decode.Orders:
-        return decode.no_orders(*self._sample.shape, self._pages.J)
+    def _no_orders(self) -> tuple[np.ndarray, Orders]:
+        """Rows that order nothing yet, and their columns to write to."""
+        rows = Orders.rows(self._table)
+        return rows, Orders.of(rows)
 
-    def _global(self, orders: decode.Orders) -> decode.Orders:
-        return jax.tree.map(
-            lambda x: sharding.to_global(self._e._mesh, "UC" + "S" * (x.ndim - 2), x), orders
-        )
+    def _global(self, rows_UCX: np.ndarray) -> jax.Array:
+        return sharding.to_global(self._e._mesh, "UCS", rows_UCX)
 
     def _waiting(self) -> np.ndarray:
         """How many samples of each prompt are to be started, [U, P]."""
@@ -318,7 +320,7 @@ class _Run:
         put = functools.partial(sharding.to_global, self._e._mesh)
         return [put("BT", tokens), put("B", length), put("B", where)]
 
-    def _start(self, orders: decode.Orders) -> None:
+    def _start(self, orders: Orders) -> None:
         """Start waiting samples in idle slots, of the prompts that have the fewest."""
         for u, waiting_P in enumerate(self._waiting()):
             for c in np.flatnonzero(self._sample[u] < 0):
@@ -333,27 +335,31 @@ class _Run:
                 self._starts += 1
                 self._prompt[u, c], self._sample[u, c] = p, sample
                 self._started[u, c], self._length[u, c] = self._starts, 0
-                orders.start_UC[u, c] = True
+                orders.what_UC[u, c] = decode.START
                 orders.prompt_UC[u, c] = p
-                orders.problem_UC[u, c] = problem_key(it.request.problem)
+                orders.problem_UC[u, c] = np.uint32(problem_key(it.request.problem)).view(np.int32)
                 orders.sample_UC[u, c] = sample
 
-    def _deal(self, orders: decode.Orders) -> None:
+    def _deal(self, orders: Orders) -> None:
         """Give slots the pages that the next chunk can fill, the oldest first.
 
         What the oldest of a pool may still need stays free for it: it can always go on, and leaves
         its pages to the next.
         """
         chunk, J, W = self._e._sampling.chunk, self._pages.J, self._pages.W
-        oldest: dict[int, int] = {}  # of a pool, what it may still need
-        busy = np.argwhere(self._sample >= 0)
-        for u, c in busy[np.argsort(self._started[tuple(busy.T)])]:
-            held, free, reserved = self._held[u][c], self._free_pages[u], oldest.get(u, 0)
-            wanted = min(J, math.ceil((self._length[u, c] + chunk) / W))
-            while len(held) < wanted and len(free) > reserved:
-                held.append(free.pop())
-            oldest.setdefault(u, J - len(held))
-            orders.table_UCJ[u, c, : len(held)] = held
+        wanted = np.minimum(J, -(-(self._length + chunk) // W))
+        for u, free in enumerate(self._free_pages):
+            busy = np.flatnonzero(self._sample[u] >= 0)
+            busy = busy[np.argsort(self._started[u, busy])]
+            reserved = 0
+            for c in busy[self._held[u, busy] < wanted[u, busy]]:
+                if c != busy[0]:
+                    reserved = J - self._held[u, busy[0]]
+                held, room = self._held[u, c], len(free) - reserved
+                for j in range(held, min(wanted[u, c], held + room)):
+                    self._table[u, c, j] = free.pop()
+                    self._held[u, c] += 1
+        orders.table_UCJ[:] = self._table
 
     def _read(self, trace: decode.Trace) -> np.ndarray:
         """Append what the slots wrote; the slots' status."""
@@ -376,8 +382,8 @@ class _Run:
     def _answer(self, orders: decode.Orders, u: int, c: int) -> None:
         """Evaluate the annotation a slot has just opened; refused, its sampling goes on."""
         length = self._length[u, c]
-        tokens = self._tokens[u, c, :length]
-        orders.answer_UC[u, c] = True
+        tokens = self._tokens[u, c, :length].tolist()
+        orders.what_UC[u, c] = decode.ANSWER
         orders.token_UC[u, c] = tokens[-1]
         ids = self._forced_ids(tokens)
         if not ids:
@@ -390,7 +396,7 @@ class _Run:
         orders.queue_UCQ[u, c, FORCED - len(ids) + 1 :] = ids[1:]
         orders.queued_UC[u, c] = len(ids) - 1
 
-    def _forced_ids(self, tokens: np.ndarray) -> list[int]:
+    def _forced_ids(self, tokens: list[int]) -> list[int]:
         """Ids that replace the last token and follow it; none if the calculator refuses."""
         tokenizer = self._e._tokenizer
         text = tokenizer.decode(tokens)
@@ -408,13 +414,13 @@ class _Run:
 
     def _harvest(self, u: int, c: int) -> Completion:
         request, length = self._prompts[u][self._prompt[u, c]].request, self._length[u, c]
-        tokens = self._tokens[u, c, :length]
+        tokens = self._tokens[u, c, :length].tolist()
         forced = self._forced[u, c, :length]
         completion = Completion(
             problem=request.problem,
             sample=int(self._sample[u, c]),
             text=self._e._tokenizer.decode(tokens),
-            tokens=tokens.tolist(),
+            tokens=tokens,
             forced=forced.tolist(),
             # What the calculator forced wasn't the model's choice.
             logprob=float(self._logprob[u, c, :length][~forced].sum()),
@@ -422,8 +428,8 @@ class _Run:
         )
         self._sample[u, c] = -1
         self._in_use[u, self._prompt[u, c]] -= 1
-        self._free_pages[u] += self._held[u][c]
-        self._held[u][c] = []
+        self._free_pages[u] += self._table[u, c, : self._held[u, c]].tolist()
+        self._table[u, c], self._held[u, c] = NOWHERE, 0
         return completion
 
 

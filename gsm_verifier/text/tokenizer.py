@@ -180,7 +180,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens and unknown ids are left out."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The text each id adds to the text before it; joined they are decode(ids)."""
