@@ -135,6 +135,17 @@ def pieces(texts: Iterable[list[int]], length: int, count: int) -> list[list[int
     return [ids[i * length : (i + 1) * length] for i in range(count)]
 
 
+Items = list[tuple[Problem, list[list[int]]]]
+
+
+def items(args: Namespace, tokenizer: Any, completions: int) -> Items:
+    """Every question with so many completions of equal length: pieces of training solutions."""
+    found = questions(args)
+    solutions = (tokenizer.solution(p.solution) for p in training(args))
+    cut = iter(pieces(solutions, args.tokens, completions * len(found)))
+    return [(problem, list(itertools.islice(cut, completions))) for problem in found]
+
+
 def load(args: Namespace, dtype: str | None = None) -> Any:
     """Ours: the folder's model on a mesh over the devices, its parameters in a dtype (the same)."""
     import jax
@@ -170,22 +181,34 @@ def torch_model(args: Namespace, dtype: str | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype or args.dtype)
 
 
+def clocked(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What work returns, its seconds, and the seconds of all cores that it took."""
+    began, cpu = time.perf_counter(), time.process_time()
+    output = work()
+    return output, time.perf_counter() - began, time.process_time() - cpu
+
+
+def peak_mib() -> float:
+    """The most memory that this process or one it has waited for had."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(who).ru_maxrss for who in whose) / unit
+
+
 def _serve(
     pipe: Connection, make: Callable[[Namespace], Callable[[], Any]], args: Namespace
 ) -> None:
     os.dup2(2, 1)  # standard output is for the one line
     work = None
+
+    def play() -> Any:
+        nonlocal work
+        work = work or make(args)  # in the round that isn't counted
+        return work()
+
     while pipe.recv():
-        began, cpu = time.perf_counter(), time.process_time()
-        work = work or make(args)
-        output = work()
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        peaks = [
-            resource.getrusage(w).ru_maxrss
-            for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ]
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        pipe.send((seconds, cpu / seconds, max(peaks) / unit, output))
+        output, seconds, cpu = clocked(play)
+        pipe.send((seconds, cpu / seconds, peak_mib(), output))
 
 
 class _Player:

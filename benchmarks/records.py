@@ -24,11 +24,9 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -173,27 +171,20 @@ def _work(pipe: Connection, part: str, args: Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from gsm_verifier import stages  # noqa: F401 - not to be timed
 
-    before = _peak_mib()
+    before = round(contest.peak_mib())
     if part == "samples":
         prepare(args)
-    began, cpu = time.perf_counter(), time.process_time()
-    PARTS[part](args)
+    _, seconds, cpu = contest.clocked(lambda: PARTS[part](args))
     rows = args.problems * args.completions
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     told = {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
         "rows_per_s": round(rows / seconds),
         "rows_per_cpu_s": round(rows / cpu),
-        "memory_mib": _peak_mib(),
+        "memory_mib": round(contest.peak_mib()),
         "imported_mib": before,  # of that, before there was any row
     }
     pipe.send(told)
-
-
-def _peak_mib() -> int:
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def played(part: str, args: Namespace) -> dict[str, float]:

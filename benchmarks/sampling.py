@@ -103,6 +103,9 @@ def judged(
         sys.exit(f"{name}: {counts} completions of {low} to {high} tokens")
     if low < args.tokens and not args.real:
         sys.exit(f"{name}: a completion has {low} tokens, not {args.tokens}")
+    alike = [len(set(map(tuple, found))) == 1 for found in completions]
+    if args.completions > 1 and all(alike):
+        sys.exit(f"{name}: the completions of a question are all the same")
     calculated = args.real and name == contest.OURS  # not all of its tokens are drawn
     sigmas = None if calculated else improbability(args, completions, logits)
     if abs(sigmas or 0.0) > IMPROBABLE:

@@ -19,17 +19,11 @@ from benchmarks.contest import Contender, Result
 
 DIFFERENT = 0.2  # of two contenders' values, in standard deviations of the values
 
-Items = list[tuple[list[int], list[list[int]]]]
 
-
-def items(args: Namespace, tokenizer: Any) -> Items:
-    """Every question with its completions."""
-    found, n = contest.questions(args), args.completions
-    solutions = (tokenizer.solution(p.solution) for p in contest.training(args))
-    pieces = contest.pieces(solutions, args.tokens, args.questions * n)
-    return [
-        (tokenizer.question(p.question), pieces[i * n : (i + 1) * n]) for i, p in enumerate(found)
-    ]
+def items(args: Namespace, tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
+    """Every question's ids with its completions."""
+    found = contest.items(args, tokenizer, args.completions)
+    return [(tokenizer.question(problem.question), each) for problem, each in found]
 
 
 def ours(args: Namespace) -> Callable[[], np.ndarray]:

@@ -12,6 +12,7 @@ own. Their gradients are compared in float32. Its tokens are the completions' al
 """
 
 import itertools
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,8 @@ from benchmarks import contest, roofline
 from benchmarks.contest import Contender
 
 RATE = 1e-5
-COMPARED = 8  # completions whose gradients are compared
+COMPARED = 8  # completions whose gradients are compared ...
+DIFFERENT = 1e-3  # ... and how far they may be apart, as a share of their size
 TREES, ROWS = "ours_trees", "ours_branch_a_row"
 
 
@@ -82,16 +84,14 @@ def judged(args: Namespace, model: Any, completions: int, branches: int) -> list
     """Trees of the questions' completions, so many of which share one, every other one correct."""
     from gsm_verifier.train.batch import verifier_trees
 
-    tokenizer, found = model.tokenizer, contest.questions(args)
-    solutions = (tokenizer.solution(p.solution) for p in contest.training(args))
-    pieces = contest.pieces(solutions, args.tokens, completions * len(found))
+    tokenizer = model.tokenizer
     return [
         tree
-        for i, problem in enumerate(found)
+        for problem, found in contest.items(args, tokenizer, completions)
         for tree in verifier_trees(
             tokenizer.question(problem.question),
             tokenizer.solution(problem.solution),
-            pieces[i * completions : (i + 1) * completions],
+            found,
             [j % 2 == 0 for j in range(completions)],
             level="token",
             objective="verifier_only",  # the gold branch would favour trees even more
@@ -231,7 +231,9 @@ def main() -> None:
     told = contest.standing(speeds, ceiling)
     if {TREES, ROWS} <= set(speeds):
         told["trees_time_ratio"] = contest.ratio(speeds, ROWS, TREES)
-        told["gradient_difference"] = gradient_difference(args)
+        told["gradient_difference"] = apart = gradient_difference(args)
+        if apart > DIFFERENT:
+            sys.exit(f"{TREES}: its gradient is {apart:.2g} of it away from {ROWS}'s")
     contest.line(args, **told)
 
 

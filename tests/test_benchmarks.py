@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from conftest import make_config
 from jax.sharding import Mesh
 
+from benchmarks import sampling
+from benchmarks.contest import Result
+from benchmarks.samplers import TEMPERATURE
 from gsm_verifier.data import problems, synthetic
 from gsm_verifier.model import cpu_kernels, hf, transformer
 from gsm_verifier.text.tokenizer import Tokenizer
@@ -88,6 +93,43 @@ def test_sampling_that_stops_when_it_stops(folders: list[str]) -> None:
     assert list(found["contenders"]) == ours
     assert found["calculator_cost"] < 1
     assert all(0 < one["useful"] <= 1 for one in found["contenders"].values())
+
+
+WORDS = 4  # that the made-up model below knows, the first nine times in ten
+
+
+def judged(name: str, folders: list[str], completions: list[list[list[int]]]) -> dict[str, Any]:
+    """What `benchmarks.sampling` says of completions by a model that draws one word at most."""
+    _, model, _, data = folders
+    args = Namespace(
+        model=model, data=data, real=False, questions=2, completions=50, tokens=8, rounds=1
+    )
+    logits_V = np.log([0.9, 0.1 / 3, 0.1 / 3, 0.1 / 3]) * TEMPERATURE
+    result = Result([1.0], [1.0], [{"completions": completions}], first=1.0, memory=1.0)
+    return sampling.judged(name, args, result, lambda ids: np.tile(logits_V, (len(ids), 1)))
+
+
+@pytest.mark.parametrize("name", ["ours", "transformers"])
+def test_only_the_work_that_was_asked_for_counts(
+    name: str, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    fine = rng.choice(WORDS, (2, 50, 8), p=[0.9, 0.1 / 3, 0.1 / 3, 0.1 / 3]).tolist()
+    assert abs(judged(name, folders, fine)["improbability"]) < 4
+    short, few, same = (json.loads(json.dumps(fine)) for _ in range(3))
+    short[1][3].pop()
+    few[0].pop()
+    same = [[found[0]] * 50 for found in same]
+    for wrong, why in ((short, "7 tokens, not 8"), (few, "49, 50"), (same, "all the same")):
+        with pytest.raises(SystemExit, match=why):
+            judged(name, folders, wrong)
+    even = rng.choice(WORDS, (2, 50, 8)).tolist()  # as if drawn at another temperature
+    if name == "ours":
+        with pytest.raises(SystemExit, match="standard deviations from the model's"):
+            judged(name, folders, even)
+    else:
+        assert judged(name, folders, even)["improbability"] < -sampling.IMPROBABLE
+        assert "standard deviations" in capsys.readouterr().err
 
 
 def test_scoring(folders: list[str]) -> None:
