@@ -8,6 +8,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -354,6 +355,30 @@ def test_no_slot_idles_while_a_prompt_may_have_it(
     assert 2 < max(crowds) <= most
 
 
+def test_in_the_end_the_longest_completions_are_started_first() -> None:
+    """Slots 0 and 1 grow completions of prompt 1, slot 2 one of prompt 0; 5 slots in all."""
+
+    def chosen(ready: Sequence[bool], growing: int = 1, most: int = 5, queue: int = 0) -> int:
+        run = SimpleNamespace(
+            _queue=[None] * queue,
+            _most=most,
+            _in_use=np.array([[1, 2, 0]]),
+            _sample=np.array([[7, 8, 9, -1, -1]]),
+            _prompt=np.array([[1, 1, 0, 2, 2]]),
+            _length=np.array([[growing, growing, 1, 99, 99]]),
+            _ended=np.array([[[100, 30, 0]], [[2, 3, 0]]]),  # of prompt 2 none has
+        )
+        return _Run._next(run, 0, np.array(ready))
+
+    assert chosen([True, True, True]) == 2  # may be the longest
+    assert chosen([True, True, False]) == 0  # 101 / 2 tokens, and 32 / 3
+    assert chosen([True, True, False], growing=100) == 1  # 230 / 3
+    assert chosen([False, True, False]) == 1
+    for words in ({"queue": 1}, {"most": 4}):  # the fewest slots
+        assert chosen([True, True, True], **words) == 2
+        assert chosen([True, True, False], growing=100, **words) == 0
+
+
 @pytest.mark.parametrize("attention", ["auto", "jax"])
 def test_a_completion_does_not_depend_on_order_company_or_resumption(
     attention: str, config, params, mesh, tokenizer, prompts, common
@@ -581,11 +606,13 @@ def test_nothing_to_do_and_too_much(engine: Engine, config, params, prompts) -> 
     assert collect(engine, [Request("p0", prompts["p0"], range(0))]) == {}
     room = config.max_length - MAX_TOKENS
     ids = (prompts["p3"] * 10)[: room + 1]
-    with pytest.raises(ValueError, match=r"lower max_tokens$") as error:
+    with pytest.raises(ValueError, match=rf"lower max_tokens to {MAX_TOKENS - 1}$") as error:
         collect(engine, [Request("p1", prompts["p1"], range(1)), Request("p0", ids, range(1))])
     assert f"a prompt of {room + 1} tokens and max_tokens={MAX_TOKENS} " in str(error.value)
     assert f"max_length={config.max_length}" in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="leave the problem out"):
+        collect(engine, [Request("p0", ids[:1] * config.max_length, range(1))])
     fits = collect(engine, [Request("p0", ids[:room], range(3))])
     for completion in fits.values():
         expected = naive_logprobs(config, params, ids[:room], completion.tokens)

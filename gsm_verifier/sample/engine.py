@@ -168,10 +168,12 @@ class Engine:
         (longest,) = processes.largest(max([longest, *(len(r.prompt) for r in queue)]))
         if not longest:
             return  # no process has any
-        if longest + self._sampling.max_tokens > self._config.max_length:
+        room = self._config.max_length - longest
+        if room < self._sampling.max_tokens:
+            mend = f"lower max_tokens to {room}" if room > 0 else "leave the problem out"
             raise ValueError(
                 f"a prompt of {longest} tokens and max_tokens={self._sampling.max_tokens} exceed "
-                f"the model's max_length={self._config.max_length}: lower max_tokens"
+                f"the model's max_length={self._config.max_length}: {mend}"
             )
         with jax.set_mesh(self._mesh):
             run = _Run(self, queue, math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET)
@@ -189,6 +191,7 @@ class _Run:
         self._most = most_slots(engine._config, engine._mesh, P, C)
         self._prompts: list[list[_Prompt | None]] = [[None] * P for _ in range(U)]
         self._in_use = np.zeros((U, P), np.int64)  # slots that have it
+        self._ended = np.zeros((2, U, P), np.int64)  # tokens of its completions that have; these
         self._free_pages = [list(range(self._pages.Z)) for _ in range(U)]
         # Of the slots.
         self._prompt = np.zeros((U, C), np.int64)  # which of its pool's
@@ -304,6 +307,7 @@ class _Run:
             if free_UP[u].any() and self._queue:
                 p = int(free_UP[u].argmax())
                 self._prompts[u][p] = it = self._queue.pop()
+                self._ended[:, u, p] = 0
                 prompts[u] = p, it.request.prompt
         self._slots = self._e._prefill(self._e._params, self._slots, *self._batch(prompts))
 
@@ -321,13 +325,13 @@ class _Run:
         return [put("BT", tokens), put("B", length), put("B", where)]
 
     def _start(self, orders: Orders) -> None:
-        """Start waiting samples in idle slots, of the prompts that have the fewest."""
+        """Start waiting samples in idle slots."""
         for u, waiting_P in enumerate(self._waiting()):
             for c in np.flatnonzero(self._sample[u] < 0):
                 ready_P = (waiting_P > 0) & (self._in_use[u] < self._most)
                 if not ready_P.any():
                     break
-                p = int(np.where(ready_P, self._in_use[u], self._most).argmin())
+                p = self._next(u, ready_P)
                 it = self._prompts[u][p]
                 sample, it.waiting = it.waiting[0], it.waiting[1:]
                 waiting_P[p] -= 1
@@ -339,6 +343,25 @@ class _Run:
                 orders.prompt_UC[u, c] = p
                 orders.problem_UC[u, c] = np.uint32(problem_key(it.request.problem)).view(np.int32)
                 orders.sample_UC[u, c] = sample
+
+    def _next(self, u: int, ready_P: np.ndarray) -> int:
+        """Which of a pool's ready prompts gets an idle slot: the one that has the fewest.
+
+        Once no prompt waits for another's place, the one whose completions are the longest: those
+        started last are short then, and slots idle less until the last has ended. A mean length is
+        taken to be all tokens, of those still growing too, over the completions that have ended.
+        Not where a prompt may only have some of the slots: the last ones would leave others idle.
+        """
+        in_use_P = np.where(ready_P, self._in_use[u], self._most)
+        if self._queue or self._most < len(self._sample[u]):
+            return int(in_use_P.argmin())
+        busy = self._sample[u] >= 0
+        growing_P = np.bincount(
+            self._prompt[u, busy], self._length[u, busy], minlength=len(ready_P)
+        )
+        tokens_P, ended_P = self._ended[:, u]
+        length_P = np.where(ended_P > 0, (tokens_P + growing_P) / np.maximum(ended_P, 1), np.inf)
+        return int(np.lexsort((in_use_P, -np.where(ready_P, length_P, -1)))[0])
 
     def _deal(self, orders: Orders) -> None:
         """Give slots the pages that the next chunk can fill, the oldest first.
@@ -428,6 +451,7 @@ class _Run:
         )
         self._sample[u, c] = -1
         self._in_use[u, self._prompt[u, c]] -= 1
+        self._ended[:, u, self._prompt[u, c]] += length, 1
         self._free_pages[u] += self._table[u, c, : self._held[u, c]].tolist()
         self._table[u, c], self._held[u, c] = NOWHERE, 0
         return completion
