@@ -135,10 +135,9 @@ def pieces(texts: Iterable[list[int]], length: int, count: int) -> list[list[int
     return [ids[i * length : (i + 1) * length] for i in range(count)]
 
 
-Items = list[tuple[Problem, list[list[int]]]]
-
-
-def items(args: Namespace, tokenizer: Any, completions: int) -> Items:
+def completed(
+    args: Namespace, tokenizer: Any, completions: int
+) -> list[tuple[Problem, list[list[int]]]]:
     """Every question with so many completions of equal length: pieces of training solutions."""
     found = questions(args)
     solutions = (tokenizer.solution(p.solution) for p in training(args))
@@ -188,11 +187,10 @@ def clocked(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return output, time.perf_counter() - began, time.process_time() - cpu
 
 
-def peak_mib() -> float:
-    """The most memory that this process or one it has waited for had."""
+def peak_mib(*whose: int) -> float:
+    """The most memory that this process had; or of `whose`, words of `resource`, any had."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(who).ru_maxrss for who in whose) / unit
+    return max(resource.getrusage(w).ru_maxrss for w in whose or (resource.RUSAGE_SELF,)) / unit
 
 
 def _serve(
@@ -208,7 +206,8 @@ def _serve(
 
     while pipe.recv():
         output, seconds, cpu = clocked(play)
-        pipe.send((seconds, cpu / seconds, peak_mib(), output))
+        peak = peak_mib(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        pipe.send((seconds, cpu / seconds, peak, output))
 
 
 class _Player:

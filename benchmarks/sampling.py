@@ -104,11 +104,12 @@ def judged(
     if low < args.tokens and not args.real:
         sys.exit(f"{name}: a completion has {low} tokens, not {args.tokens}")
     alike = [len(set(map(tuple, found))) == 1 for found in completions]
-    if args.completions > 1 and all(alike):
+    # One that a finetuned model is sure of may be.
+    if args.completions > 1 and (all(alike) if args.real else any(alike)):
         sys.exit(f"{name}: the completions of a question are all the same")
     calculated = args.real and name == contest.OURS  # not all of its tokens are drawn
     sigmas = None if calculated else improbability(args, completions, logits)
-    if abs(sigmas or 0.0) > IMPROBABLE:
+    if sigmas is not None and not abs(sigmas) <= IMPROBABLE:  # nor not a number
         told = f"{name}: its tokens are {sigmas} standard deviations from the model's"
         if name.startswith(contest.OURS):
             sys.exit(told)

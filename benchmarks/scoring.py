@@ -22,7 +22,7 @@ DIFFERENT = 0.2  # of two contenders' values, in standard deviations of the valu
 
 def items(args: Namespace, tokenizer: Any) -> list[tuple[list[int], list[list[int]]]]:
     """Every question's ids with its completions."""
-    found = contest.items(args, tokenizer, args.completions)
+    found = contest.completed(args, tokenizer, args.completions)
     return [(tokenizer.question(problem.question), each) for problem, each in found]
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     speeds = {}
     for name, result in results.items():
         apart = difference(result, first)
-        if apart > DIFFERENT:
+        if not apart <= DIFFERENT:  # nor not a number
             sys.exit(f"{name}: its values are {apart:.3f} standard deviations from the others'")
         speeds[name] = contest.speed(result, [tokens] * args.rounds, difference=round(apart, 5))
 

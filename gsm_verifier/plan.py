@@ -191,7 +191,9 @@ def _rows(mesh: Mesh, wanted: int) -> int:
     return math.ceil(wanted / devices) * devices
 
 
-def _array(mesh: Mesh, letters: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def _array(
+    mesh: Mesh, letters: Sequence[str | None], dtype: Any, *shape: int
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(mesh, letters))
 
 
@@ -274,8 +276,8 @@ class Programs:
         params = _parameters(mesh, model, cast=True)
         pages = sampling.pages(mesh, C)
         slots = decode.slot_shapes(model, mesh, P, C, S, pages)
-        orders = decode.Orders.rows(np.zeros((U, C, pages.J)))
-        orders = _array(mesh, "UCS", orders.dtype, *orders.shape)
+        rows = decode.Orders.rows(U, C, pages.J)
+        orders = _array(mesh, ("U", "C", None), rows.dtype, *rows.shape)
         prompts = (("BT", U, S), ("B", U), ("B", U))
         prompts = tuple(_array(mesh, letters, np.int32, *shape) for letters, *shape in prompts)
         grammar = _array(mesh, "", np.int32, model.vocab_size, engine.GRAMMAR)

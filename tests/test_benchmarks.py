@@ -14,7 +14,7 @@ import pytest
 from conftest import make_config
 from jax.sharding import Mesh
 
-from benchmarks import sampling
+from benchmarks import sampling, training
 from benchmarks.contest import Result
 from benchmarks.samplers import TEMPERATURE
 from gsm_verifier.data import problems, synthetic
@@ -99,7 +99,7 @@ WORDS = 4  # that the made-up model below knows, the first nine times in ten
 
 
 def judged(name: str, folders: list[str], completions: list[list[list[int]]]) -> dict[str, Any]:
-    """What `benchmarks.sampling` says of completions by a model that draws one word at most."""
+    """What `benchmarks.sampling` says of completions by a model that mostly draws one word."""
     _, model, _, data = folders
     args = Namespace(
         model=model, data=data, real=False, questions=2, completions=50, tokens=8, rounds=1
@@ -119,7 +119,7 @@ def test_only_the_work_that_was_asked_for_counts(
     short, few, same = (json.loads(json.dumps(fine)) for _ in range(3))
     short[1][3].pop()
     few[0].pop()
-    same = [[found[0]] * 50 for found in same]
+    same[1] = [same[1][0]] * 50
     for wrong, why in ((short, "7 tokens, not 8"), (few, "49, 50"), (same, "all the same")):
         with pytest.raises(SystemExit, match=why):
             judged(name, folders, wrong)
@@ -145,6 +145,14 @@ def test_training(folders: list[str]) -> None:
     assert_stands(found)
     assert found["gradient_difference"] < 1e-4
     assert found["trees_time_ratio"] > 0
+
+
+@pytest.mark.parametrize("apart", [1e-3, np.nan])
+def test_other_gradients_end_the_command(apart: float) -> None:
+    gradient = {"w": np.ones(4, np.float32)}
+    assert training.agreeing(gradient, gradient) == 0
+    with pytest.raises(SystemExit, match="its gradient differs"):
+        training.agreeing({"w": gradient["w"] + np.float32(apart)}, gradient)
 
 
 def test_records(tmp_path: Path) -> None:

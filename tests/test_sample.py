@@ -8,7 +8,6 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -300,34 +299,34 @@ def test_a_completion_does_not_depend_on_slots_prompts_in_flight_chunks_or_pages
         assert completion.logprob == pytest.approx(reference[key].logprob, abs=1e-4)
 
 
+@pytest.mark.parametrize("pools", [1, 2])
 def test_pages_are_dealt_to_one_slot_each_and_come_back(
-    config, params, mesh, tokenizer, prompts, common, monkeypatch
+    pools: int, config, params, make_mesh, tokenizer, prompts, common, monkeypatch
 ) -> None:
-    """More slots than there is room for: some wait, the oldest never."""
-    other = engine_of(
-        config, params, mesh, tokenizer, end=common, slots=10, page=3, kept_share=0.2, chunk=4
-    )
-    U, Z, J, W = other._sampling.pages(mesh, 40)
-    assert U == 1
-    assert J < Z < 40 * J
-    runs, waited = [], 0
+    """More slots than there is room for: some wait, the oldest of each pool never."""
+    words = dict(end=common, slots=10, page=3, kept_share=0.2, chunk=4)
+    other = engine_of(config, params, make_mesh(pools), tokenizer, **words)
+    U, Z, J, W = other._sampling.pages(other._mesh, other._C)
+    assert pools == U
+    assert J < Z < other._C * J
+    runs, waited = [], np.zeros(pools, int)
     deal = _Run._deal
 
-    def watched(run: _Run, orders: decode.Orders) -> None:
-        nonlocal waited
+    def watched(run: _Run) -> None:
         runs.append(run)
-        deal(run, orders)
-        dealt = orders.table_UCJ[orders.table_UCJ != NOWHERE].tolist()
-        assert sorted(dealt + run._free_pages[0]) == list(range(Z))
-        room = W * (orders.table_UCJ != NOWHERE).sum(-1)
-        busy = run._sample >= 0
-        has = (room > run._length)[busy]
-        waited += (~has).sum()
-        assert has[run._started[busy].argmin()]
+        deal(run)
+        for u in range(pools):
+            dealt = run._table[u][run._table[u] != NOWHERE].tolist()
+            assert sorted(dealt + run._free_pages[u]) == list(range(Z))
+            room = W * (run._table[u] != NOWHERE).sum(-1)
+            busy = run._sample[u] >= 0
+            has = (room > run._length[u])[busy]
+            waited[u] += (~has).sum()
+            assert not busy.any() or has[run._started[u][busy].argmin()]
 
     monkeypatch.setattr(_Run, "_deal", watched)
-    collect(other, requests_of(prompts, range(10)))
-    assert waited
+    collect(other, requests_of(prompts, range(10 * pools)))
+    assert waited.all()
     assert all(sorted(free) == list(range(Z)) for free in runs[-1]._free_pages)
 
 
@@ -342,8 +341,8 @@ def test_no_slot_idles_while_a_prompt_may_have_it(
     deal = _Run._deal
     crowds = []
 
-    def watched(run: _Run, orders: decode.Orders) -> None:
-        deal(run, orders)
+    def watched(run: _Run) -> None:
+        deal(run)
         crowds.append(run._in_use.max())
         waits_UP = run._waiting() > 0
         assert (run._sample >= 0).all() or (run._in_use[waits_UP] == most).all()
@@ -353,30 +352,6 @@ def test_no_slot_idles_while_a_prompt_may_have_it(
     requests = [Request(name, prompts[name], range(2)) for name in others]
     collect(engine, [Request(first, prompts[first], range(60)), *requests])
     assert 2 < max(crowds) <= most
-
-
-def test_in_the_end_the_longest_completions_are_started_first() -> None:
-    """Slots 0 and 1 grow completions of prompt 1, slot 2 one of prompt 0; 5 slots in all."""
-
-    def chosen(ready: Sequence[bool], growing: int = 1, most: int = 5, queue: int = 0) -> int:
-        run = SimpleNamespace(
-            _queue=[None] * queue,
-            _most=most,
-            _in_use=np.array([[1, 2, 0]]),
-            _sample=np.array([[7, 8, 9, -1, -1]]),
-            _prompt=np.array([[1, 1, 0, 2, 2]]),
-            _length=np.array([[growing, growing, 1, 99, 99]]),
-            _ended=np.array([[[100, 30, 0]], [[2, 3, 0]]]),  # of prompt 2 none has
-        )
-        return _Run._next(run, 0, np.array(ready))
-
-    assert chosen([True, True, True]) == 2  # may be the longest
-    assert chosen([True, True, False]) == 0  # 101 / 2 tokens, and 32 / 3
-    assert chosen([True, True, False], growing=100) == 1  # 230 / 3
-    assert chosen([False, True, False]) == 1
-    for words in ({"queue": 1}, {"most": 4}):  # the fewest slots
-        assert chosen([True, True, True], **words) == 2
-        assert chosen([True, True, False], growing=100, **words) == 0
 
 
 @pytest.mark.parametrize("attention", ["auto", "jax"])
@@ -611,7 +586,7 @@ def test_nothing_to_do_and_too_much(engine: Engine, config, params, prompts) -> 
     assert f"a prompt of {room + 1} tokens and max_tokens={MAX_TOKENS} " in str(error.value)
     assert f"max_length={config.max_length}" in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="leave the problem out"):
+    with pytest.raises(ValueError, match="the prompt alone fills it"):
         collect(engine, [Request("p0", ids[:1] * config.max_length, range(1))])
     fits = collect(engine, [Request("p0", ids[:room], range(3))])
     for completion in fits.values():
@@ -891,8 +866,8 @@ def test_slots_and_their_keys_lie_on_all_data_axes(config, make_mesh) -> None:
         tokens = sharding.to_global(mesh, "BT", np.ones((4, 16), np.int32))
         length, row = (sharding.to_global(mesh, "B", np.full(4, n, np.int32)) for n in (9, 1))
         slots = prefill(params, slots, tokens, length, row)
-        table = np.full((4, 4, pages.J), NOWHERE)
-        orders = sharding.to_global(mesh, "UCS", decode.Orders.rows(table))
+        rows = decode.Orders.rows(4, 4, pages.J)
+        orders = sharding.to_global(mesh, ("U", "C", None), rows)
         grammar = jnp.zeros((model.vocab_size, engine_module.GRAMMAR), jnp.int32)
         slots, _ = advance(params, slots, orders, grammar)
     for cache in slots.caches:

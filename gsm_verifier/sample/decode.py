@@ -112,13 +112,19 @@ class Slots(NamedTuple):
     queued_UC: jax.Array  # how many of them are left; they stand at the end of the queue
 
 
-class Orders(NamedTuple):
-    """What the host wants before the next step: columns of rows, int32, one for every slot.
+# What the host may order a slot to do before the next step.
+KEEP, START, STOP, ANSWER = range(4)  # nothing, begin a completion, become idle, ask no more
 
-    One array: to send it takes 0.1 ms a chunk, where ten arrays took 0.7.
+NUMBERS = 6  # of an order, before its queue and its pages
+
+
+class Orders(NamedTuple):
+    """What the host wants before the next step, of every slot: the parts of int32 rows, one a slot.
+
+    Rows are one array: to send it takes 0.1 ms a chunk, where ten arrays took 0.7.
     """
 
-    what_UC: Any  # one of the words below
+    what_UC: Any  # KEEP, START, STOP or ANSWER
     prompt_UC: Any  # START: of its pool's prompts the one to complete ...
     problem_UC: Any  # ... the problem's identity, as bits of a uint32 ...
     sample_UC: Any  # ... and which of its completions to begin
@@ -129,19 +135,17 @@ class Orders(NamedTuple):
 
     @classmethod
     def of(cls, rows_UCX: Any) -> "Orders":
-        """The columns of rows; on the host views of them, to be written to."""
-        single = len(cls._fields) - 2
-        each = (rows_UCX[..., x] for x in range(single))
-        return cls(*each, rows_UCX[..., single:][..., :FORCED], rows_UCX[..., single + FORCED :])
+        """The parts of rows; on the host views of them, to be written to."""
+        numbers = (rows_UCX[..., x] for x in range(NUMBERS))
+        end = NUMBERS + FORCED
+        return cls(*numbers, rows_UCX[..., NUMBERS:end], rows_UCX[..., end:])
 
     @staticmethod
-    def rows(table_UCJ: np.ndarray) -> np.ndarray:
-        """Rows that order nothing but the pages of a table."""
-        columns = len(Orders._fields) - 2 + FORCED
-        return np.pad(table_UCJ.astype(np.int32), ((0, 0), (0, 0), (columns, 0)))
-
-
-KEEP, START, STOP, ANSWER = range(4)  # go on, begin a completion, become idle, go on asking no more
+    def rows(U: int, C: int, J: int) -> np.ndarray:
+        """Rows that order nothing, and give no slot a page."""
+        rows_UCX = np.zeros((U, C, NUMBERS + FORCED + J), np.int32)
+        rows_UCX[..., NUMBERS + FORCED :] = NOWHERE
+        return rows_UCX
 
 
 class Trace(NamedTuple):
@@ -259,17 +263,18 @@ def obey(slots: Slots, rows_UCX: jax.Array) -> Slots:
     start, stop, answer = (orders.what_UC == what for what in (START, STOP, ANSWER))
     first_UC = rows_of(slots.last_token_UP, orders.prompt_UC, 0)  # inputs of branches
 
+    problem_UC = jax.lax.bitcast_convert_type(orders.problem_UC, jnp.uint32)
+
     def select(at_start: Any, at_answer: Any, otherwise: jax.Array) -> jax.Array:
         return jnp.where(start, at_start, jnp.where(answer, at_answer, otherwise))
 
-    problem_UC = jax.lax.bitcast_convert_type(orders.problem_UC, jnp.uint32)
     return slots._replace(
         prompt_UC=jnp.where(start, orders.prompt_UC, slots.prompt_UC),
-        status_UC=select(RUNNING, RUNNING, jnp.where(stop, IDLE, slots.status_UC)),
+        status_UC=jnp.where(start | answer, RUNNING, jnp.where(stop, IDLE, slots.status_UC)),
         token_UC=select(first_UC, orders.token_UC, slots.token_UC),
         age_UC=jnp.where(start, 0, slots.age_UC),
         table_UCJ=orders.table_UCJ,
-        annotation_UC=select(tk.TEXT, tk.TEXT, slots.annotation_UC),
+        annotation_UC=jnp.where(start | answer, tk.TEXT, slots.annotation_UC),
         problem_UC=jnp.where(start, problem_UC, slots.problem_UC),
         sample_UC=jnp.where(start, orders.sample_UC, slots.sample_UC),
         queue_UCQ=jnp.where(answer[..., None], orders.queue_UCQ, slots.queue_UCQ),
