@@ -561,6 +561,32 @@ def test_a_tpu_gathers_the_table_once_a_chunk() -> None:
 
 
 @WITH_LIBTPU
+def test_a_tpu_decodes_near_its_floor_and_copies_no_keys_or_values() -> None:
+    """Two layers of the paper's 6B."""
+    config = runpy.run_path(str(REPOSITORY / "configs/paper/scale.py"))["get_config"]("6b")
+    config.model.layers = 2
+    mesh = sharding.make_mesh(1, 4, 1, devices=plan.slice_devices("v5e:2x2"))
+    decoded = Programs(config, mesh).sample()[1]
+    with jax.set_mesh(decoded.mesh):
+        text = decoded.jitted.lower(*decoded.arguments).compile().as_text()
+    few, more = (hlo.work(text, steps).hbm for steps in (5, 6))
+    params, slots, *_ = decoded.arguments
+
+    def held(tree: Any) -> int:
+        arrays = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+    # Of weights, and keys and values that are filled; of all that are kept.
+    assert more - few < 1.5 * decoded.moves / decoded.steps
+    assert more - few < 1.05 * held((params, slots.caches))
+    assert few - 5 * (more - few) < held(slots.caches)  # before the first step and after the last
+    shapes = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(slots.caches)}
+    copied = re.findall(r" = \w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", text)
+    assert copied
+    assert not shapes & {tuple(map(int, shape.split(","))) for shape in copied}
+
+
+@WITH_LIBTPU
 def test_a_mesh_that_a_run_refuses_is_refused() -> None:
     devices = plan.slice_devices("v5e:2x4")
     first, second = ([d for d in devices if d.process_index == i] for i in range(2))
