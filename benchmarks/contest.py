@@ -91,22 +91,28 @@ def holding(*files: str, word: str | None = None) -> Callable[[str], str]:
     return folder
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The defaults, and the lines of the description as they are."""
+
+
 def arguments(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The options all benchmarks have."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_Help)
     parser.add_argument(
-        "--model", required=True, type=holding("config.json"), help="a Hugging Face folder"
+        "--model",
+        required=True,
+        type=holding("config.json"),
+        help="a Hugging Face folder, or what gsm_verifier.export made of a run",
     )
     parser.add_argument(
         "--data",
         default="gsm8k",
         type=holding("train.jsonl", "test.jsonl", word="gsm8k"),
-        help="folder of GSM8K's two files, or by TFDS",
+        help="folder of GSM8K's train.jsonl and test.jsonl; gsm8k: TFDS finds or fetches them",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--questions", type=int, default=4)
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of the computation")
+    parser.add_argument("--questions", type=int, default=4, help="the first of the test problems")
     parser.add_argument("--completions", type=int, default=100, help="of each question")
     parser.add_argument("--tokens", type=int, default=128, help="of each completion, at most")
     parser.add_argument("--rounds", type=int, default=3, help="counted, after one that isn't")

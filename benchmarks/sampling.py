@@ -50,10 +50,12 @@ def ours(args: Namespace, calculator: bool = False) -> Callable[[], dict[str, An
     ]
 
     def sample() -> dict[str, Any]:
-        found = {r.problem: [] for r in requests}
+        found = {r.problem: {} for r in requests}
         for completion in engine.run(requests):
-            found[completion.problem].append(completion.tokens)
-        return {"completions": list(found.values()), "useful": round(engine.useful, 3)}
+            found[completion.problem][completion.sample] = completion.tokens
+        # By number: those that ended first are short, and no fair sample of what was drawn.
+        completions = [[each[m] for m in sorted(each)] for each in found.values()]
+        return {"completions": completions, "useful": round(engine.useful, 3)}
 
     return sample
 

@@ -1,9 +1,10 @@
 """One table of several runs' results, in Markdown: seeds side by side, or settings.
 
-    python -m gsm_verifier.compare runs/quickstart runs/quickstart-1 runs/quickstart-2
+    python -m gsm_verifier.compare runs/quickstart runs/quickstart-1 results/quickstart/seed-2.json
 
-Accuracies are at the largest N the runs share; under them, the paired differences. Runs that differ
-in nothing but their seeds get a column of means.
+A run is named by its folder, or by a copy of its results.json. Accuracies are at the largest N the
+runs share; under them, the paired differences. Runs that differ in nothing but their seeds get a
+column of means.
 """
 
 import json
@@ -18,13 +19,13 @@ from gsm_verifier import storage
 from gsm_verifier.pipeline import METHODS
 
 
-def table(folders: Sequence[Path]) -> str:
+def table(runs: Sequence[Path]) -> str:
     """Accuracy of every method and the verifier's paired differences, a column for every run.
 
     Raises:
-      ValueError: a folder without results, or runs that share no number of samples.
+      ValueError: a run without results, or runs that share no number of samples.
     """
-    results = [_read(folder) for folder in folders]
+    results = [_read(run) for run in runs]
     ns = [{row["n"] for row in found["accuracy"]["random"]} for found in results]
     shared = set.intersection(*ns)
     if not shared:
@@ -32,7 +33,7 @@ def table(folders: Sequence[Path]) -> str:
     n = max(shared)
     names = [name for name in METHODS if any(name in found["accuracy"] for found in results)]
     mean = len(results) > 1 and all(_setting(r) == _setting(results[0]) for r in results)
-    head = [f"right, % [95 % interval], N = {n}", *(folder.name for folder in folders)]
+    head = [f"right, % [95 % interval], N = {n}", *(run.name.removesuffix(".json") for run in runs)]
     head += ["mean"] * mean
     lines = [_line(*head), _line(*["---"] * len(head))]
     for name in names:
@@ -47,11 +48,12 @@ def table(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(run: Path) -> dict[str, Any]:
+    file = run if run.suffix == ".json" else run / "results.json"
     try:
-        return json.loads((folder / "results.json").read_bytes())
+        return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no results: {error}; finish its run") from error
+        raise ValueError(f"{run} holds no results: {error}; finish its run") from error
 
 
 def _at(rows: Sequence[dict[str, Any]], **keys: Any) -> dict[str, Any] | None:
@@ -83,7 +85,7 @@ def _line(*cells: str) -> str:
 def main(argv: list[str]) -> None:
     """The command; an expected error is one line."""
     if not argv[1:]:
-        raise app.UsageError("name the work directories of runs")
+        raise app.UsageError("name the work directories of runs, or copies of their results.json")
     try:
         print(table([storage.path(name) for name in argv[1:]]))
     except ValueError as error:

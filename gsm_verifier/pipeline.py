@@ -25,6 +25,8 @@ METHODS = {
     "coverage": "coverage (any sample right)",
 }
 
+NAMED = 5  # keys that changed, of all
+
 
 def run_stages(config: ConfigDict, folder: Path, names: Sequence[str]) -> None:
     """Run the named stages of a work directory, in their order.
@@ -136,8 +138,10 @@ def _refuse_change(config: ConfigDict, folder: Path, stage: str) -> None:
         changed = [k for k in {**made, **wanted} if made.get(k) != wanted.get(k)]
         if changed:
             differences = "; ".join(
-                f"{k} was {made.get(k)!r} and is now {wanted.get(k)!r}" for k in changed[:5]
+                f"{k} was {made.get(k)!r} and is now {wanted.get(k)!r}" for k in changed[:NAMED]
             )
+            if len(changed) > NAMED:
+                differences += f"; and {len(changed) - NAMED} keys more"
             raise ValueError(
                 f"{folder} was made with another config: {differences}. Use another --workdir, or "
                 f"delete in it what stage {stage} and those after it made: "

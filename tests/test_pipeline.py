@@ -266,6 +266,15 @@ def test_a_changed_config_is_refused_with_old_and_new(
     assert (state_of(finished.folder), (finished.folder / "config.json").read_bytes()) == before
 
 
+def test_of_many_changes_some_are_named_and_the_rest_counted(finished) -> None:
+    config = config_of(finished.folder)
+    keys = ("temperature", "top_k", "max_tokens", "completions", "prompts", "slots", "chunk_steps")
+    for key in keys:
+        config.sample[key] += 1
+    with pytest.raises(ValueError, match=r"; and \d+ keys more\. Use another --workdir"):
+        pipeline.run_stages(config, finished.folder, STAGES)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "before"), [("seed", 1, None), ("verify.level", "solution", "label.done")]
 )
@@ -867,5 +876,10 @@ def test_runs_are_compared_in_one_table(finished, tmp_path: Path) -> None:
         (other / "results.json").write_text(json.dumps(results | {"config": config}))
         head = compare.table([finished.folder, other]).splitlines()[0]
         assert head.endswith("| mean |") == means
+    copy = tmp_path / "seed-7.json"
+    copy.write_text(json.dumps(results))
+    assert (
+        compare.table([finished.folder, copy]).splitlines()[0].endswith("| whole | seed-7 | mean |")
+    )
     with pytest.raises(ValueError, match="holds no results"):
         compare.table([tmp_path])
