@@ -2,9 +2,9 @@
 
     python -m gsm_verifier.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-The same command again resumes, or skips what is done. configs/ has quickstart.py (with :tiny it takes
-seconds), gsm8k.py:<tiny or a model> and paper/. Every key, which gsm_verifier/config.py explains, can
-be overridden: --config.sample.temperature=1.0
+The same command again resumes, or skips what is done. configs/ has quickstart.py (with :tiny it
+takes seconds), gsm8k.py:<tiny or a model> and paper/. Any key of gsm_verifier/config.py can be
+overridden: --config.sample.temperature=1.0
 """
 
 import os
