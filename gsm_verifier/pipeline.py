@@ -159,7 +159,7 @@ def _made_from(folder: Path, stage: str) -> list[str]:
 
 
 def closing_table(results: dict[str, Any]) -> str:
-    """Method, accuracy and 95 % interval at N = 1, 10, 100 and the largest N."""
+    """Method, accuracy and 95 % interval at N = 1, 10, 100 and the largest N; k of the vote."""
     largest = results["splits"]["test"]["samples"]
     columns = sorted({n for n in (1, 10, 100, largest) if n <= largest})
     lines = [
@@ -170,6 +170,9 @@ def closing_table(results: dict[str, Any]) -> str:
         at = {row["n"]: row for row in rows}
         cells = "".join(f"{_cell(at.get(n)):>20}" for n in columns)
         lines.append(f"{METHODS[name]:<28}{cells}")
+        ks = [f"{at[n]['k']} at N = {n}" for n in columns if "k" in at.get(n, {})]
+        if ks:
+            lines.append(f"  with k = {', '.join(ks)}")
     return "\n".join(lines)
 
 

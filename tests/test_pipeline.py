@@ -201,7 +201,10 @@ def test_the_run_ends_with_a_table_and_the_reports_path(finished) -> None:
     table = finished.out[finished.out.index("accuracy on 8 test problems") :]
     assert "N = 1 " in table
     assert "N = 10" in table
-    assert len(table.splitlines()) == 2 + len(NAMES) + 1
+    assert len(table.splitlines()) == 2 + len(NAMES) + 2
+    vote = results_of(finished.folder)["accuracy"]["verifier_vote"]
+    k = {row["n"]: row["k"] for row in vote}
+    assert f"\n  with k = {k[1]} at N = 1, {k[10]} at N = 10\n" in table
     assert table.splitlines()[-1] == f"report: {finished.folder / 'report.html'}"
 
 
