@@ -340,16 +340,23 @@ def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Arra
 
 
 def logits(
-    config: ModelConfig, table_DV: jax.Array, hidden: jax.Array, all_ids: bool = False
+    config: ModelConfig,
+    table: jax.Array,
+    hidden: jax.Array,
+    all_ids: bool = False,
+    letters: str = "VD",
 ) -> jax.Array:
-    """`Transformer.logits` by its `table` alone, transposed: so its gradient is x.T @ g, like those
-    of all other weights, where the table's own would be g.T @ x, of a transposed [B, V].
+    """`Transformer.logits` by its `table` alone.
 
     All rows are one matrix: of a [B, T, D] XLA:CPU makes a product with the table transposed first,
     which takes a quarter of the product's time by 256 rows.
+
+    Args:
+      letters: "VD", the table as it lies, or "DV", transposed: so its gradient is x.T @ g, like
+        those of all other weights, where the table's own is g.T @ x, of a [B, V] to transpose.
     """
     rows_BD = hidden.reshape(-1, hidden.shape[-1])
-    found = _capped(config, _product("BD,DV->BV", False, rows_BD, table_DV))
+    found = _capped(config, _product(f"BD,{letters}->BV", False, rows_BD, table))
     found = found.reshape(*hidden.shape[:-1], -1)
     return found if all_ids else text_only(config, found)
 
@@ -460,7 +467,7 @@ class Transformer(nn.Module):
         Args:
           all_ids: those of ids that aren't text too; else these are never likely.
         """
-        return logits(self.config, self._table().T, hidden, all_ids)
+        return logits(self.config, self._table(), hidden, all_ids)
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""

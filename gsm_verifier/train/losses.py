@@ -84,7 +84,7 @@ def cross_entropy_sum(
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
     def loss(table_DV: Any, hidden_BCD: Any, targets_BC: Any, weight_BC: Any) -> jax.Array:
-        logits_BCV = transformer.logits(config, table_DV, hidden_BCD)
+        logits_BCV = transformer.logits(config, table_DV, hidden_BCD, letters="DV")
         # A gather's gradient is a scatter into zeros of [B, C, V]; this one fuses with the softmax.
         is_target = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
         picked_BC = jnp.where(is_target, logits_BCV, 0).sum(-1)
