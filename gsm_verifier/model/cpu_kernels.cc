@@ -105,6 +105,9 @@ void MultiplyAdd(Vector& sum, Pair x, Bits column) {
   std::memcpy(&bits, &x, sizeof(bits));
   sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)column.of);
 }
+void MultiplyAdd(Vector& sum, Bits x, Bits column) {
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x.of, (__m512bh)column.of);
+}
 #else
 template <typename E>
 using Factor = float;
@@ -125,6 +128,27 @@ auto Column(const Pair* from) {
   else
     return Bits{Load<Vector>(reinterpret_cast<const float*>(from))};
 }
+
+// The numbers at one place of two rows: pairs across them.
+struct Two {
+  const Bfloat16 *row, *next;
+  Two operator+(Size columns) const { return {row + columns, next + columns}; }
+};
+#ifdef __AVX512BF16__
+template <typename T>
+auto Column(Two from) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Pair{*from.row, *from.next};
+  } else {
+    const auto load = [](const Bfloat16* at) { return _mm256_loadu_si256((const __m256i*)at); };
+    const __m512i both =
+        _mm512_inserti64x4(_mm512_castsi256_si512(load(from.row)), load(from.next), 1);
+    const __m512i order = _mm512_add_epi32(  // 0 16 1 17 ...
+        (__m512i)kLaneNumbers, _mm512_slli_epi32((__m512i)(kLaneNumbers + 16), 16));
+    return Bits{(Vector)_mm512_permutexvar_epi16(order, both)};
+  }
+}
+#endif
 
 Bfloat16 Narrowed(Bfloat16 x) { return x; }
 Bfloat16 Narrowed(float x) {
@@ -173,15 +197,43 @@ struct MatrixOf {
   E* row(Size i) const { return data + i * stride; }
   E& at(Size i, Size j) const { return row(i)[j]; }
   void skip(Size rows) { data = row(rows); }
+  MatrixOf from(Size column) const { return {data + column, stride}; }
 };
 using Matrix = MatrixOf<float>;
 
-// Matrices that live as long as it does.
+// A matrix that with each row asks for as many bytes of what is needed next: that may lie anywhere,
+// and the processor would wait for it. What lies after it is nobody's harm.
+template <typename M>
+struct Ahead {
+  M m;
+  const char* next;
+  Size bytes;
+  auto row(Size i) const {
+    for (Size at = 0; at < bytes; at += 64) __builtin_prefetch(next + i * bytes + at, 0, 2);
+    return m.row(i);
+  }
+  Ahead from(Size column) const { return {m.from(column), next, bytes}; }
+};
+
+// Rows as they lie in memory, so many, whose factors are across two of them each.
+struct Twos {
+  const Bfloat16* data;
+  Size stride, count;
+  Two row(Size i) const {
+    const Bfloat16* const first = data + 2 * i * stride;
+    return {first, 2 * i + 1 < count ? first + stride : first};  // of nothing else: that may be NaN
+  }
+  Twos from(Size column) const { return {data + column, stride, count}; }
+};
+
+// Matrices of zeros that live as long as it does.
 template <typename E>
 struct Room {
-  std::vector<std::vector<E>> all;
+  std::vector<std::unique_ptr<E[]>> all;
   MatrixOf<E> operator()(Size rows, Size stride) {
-    return {all.emplace_back(rows * stride).data(), stride};
+    E* const data = all.emplace_back(new E[rows * stride]).get();
+    std::memset(data, 0, rows * stride * sizeof(E));  // a vector of pairs would set one by one
+    return {data, stride};
   }
 };
 
@@ -215,6 +267,19 @@ MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   return to;
 }
 
+// Of a tile, [rows, columns], the factors along and across its rows; of floats it is they.
+template <typename X>
+MatrixOf<X> TileAlong(Matrix tile, Size rows, Size columns, X* to) {
+  if constexpr (std::is_same_v<X, float>) return tile;
+  const Size stride = Factors<X>::Count(columns);
+  return Along<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, stride});
+}
+template <typename X>
+MatrixOf<X> TileAcross(Matrix tile, Size rows, Size columns, X* to) {
+  if constexpr (std::is_same_v<X, float>) return tile;
+  return Across<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, columns});
+}
+
 template <typename E>
 struct Transposed {  // the matrix whose columns are these rows
   MatrixOf<E> rows;
@@ -223,38 +288,40 @@ struct Transposed {  // the matrix whose columns are these rows
 };
 
 // R rows and V vectors of columns of y = x m, or of y += x m.
-template <typename T, int R, int V, typename X, typename E>
-void Tile(X x, MatrixOf<E> m, Matrix y, Size inner, bool add) {
+template <typename T, int R, int V, typename X, typename M>
+void Tile(X x, M m, Matrix y, Size inner, bool add) {
   constexpr Size lanes = sizeof(T) / sizeof(float);
   T sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = add ? Load<T>(y.row(r) + v * lanes) : T{};
-  for (Size i = 0; i < inner; ++i)
+  for (Size i = 0; i < inner; ++i) {
+    const auto row = m.row(i);
     for (int v = 0; v < V; ++v) {
-      const auto column = Column<T>(m.row(i) + v * lanes);
+      const auto column = Column<T>(row + v * lanes);
       for (int r = 0; r < R; ++r) MultiplyAdd(sum[r][v], x.at(r, i), column);
     }
+  }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) Store(y.row(r) + v * lanes, sum[r][v]);
 }
 
 // All rows of so many columns, which stay in the processor's nearest cache meanwhile.
-template <typename T, int V, typename X, typename E>
-void Columns(X x, MatrixOf<E> m, Matrix y, Size rows, Size inner, bool add) {
+template <typename T, int V, typename X, typename M>
+void Columns(X x, M m, Matrix y, Size rows, Size inner, bool add) {
   for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) Tile<T, 4, V>(x, m, y, inner, add);
   if (rows == 3) Tile<T, 3, V>(x, m, y, inner, add);
   if (rows == 2) Tile<T, 2, V>(x, m, y, inner, add);
   if (rows == 1) Tile<T, 1, V>(x, m, y, inner, add);
 }
 
-template <typename X, typename E>
-void Multiply(X x, MatrixOf<E> m, Matrix y, Size rows, Size inner, Size columns, bool add) {
+template <typename X, typename M>
+void Multiply(X x, M m, Matrix y, Size rows, Size inner, Size columns, bool add) {
   Size j = 0;
-  auto at = [&j](auto a) { return decltype(a){a.data + j, a.stride}; };
   for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
-    Columns<Vector, kVectors>(x, at(m), at(y), rows, inner, add);
-  for (; j + kLanes <= columns; j += kLanes) Columns<Vector, 1>(x, at(m), at(y), rows, inner, add);
-  for (; j < columns; ++j) Columns<float, 1>(x, at(m), at(y), rows, inner, add);
+    Columns<Vector, kVectors>(x, m.from(j), y.from(j), rows, inner, add);
+  for (; j + kLanes <= columns; j += kLanes)
+    Columns<Vector, 1>(x, m.from(j), y.from(j), rows, inner, add);
+  for (; j < columns; ++j) Columns<float, 1>(x, m.from(j), y.from(j), rows, inner, add);
 }
 
 // Lanes i and i ^ bit exchanged.
@@ -276,7 +343,9 @@ float Sum(Vector x) {
 // The sums of as many vectors as a vector has lanes, which they leave their place for: two become
 // one whose lanes with the bit are the second's, until there is one.
 Vector Sums(Vector* x) {
+#pragma GCC unroll 16
   for (int bit = 1, count = kLanes / 2; count; bit *= 2, count /= 2)
+#pragma GCC unroll 16
     for (int i = 0; i < count; ++i) {
       const Vector a = x[2 * i], b = x[2 * i + 1];
       x[i] = ((kLaneNumbers & bit) != 0 ? b : a) + Exchange((kLaneNumbers & bit) != 0 ? a : b, bit);
@@ -285,19 +354,21 @@ Vector Sums(Vector* x) {
 }
 
 // R rows of y = x m', of which each number is a product of rows. Whole vectors are written: up to
-// kLanes - 1 numbers past the last. before(j) is called before the product with row j of m.
-template <int R, typename E, typename Before>
-void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner, Before before) {
+// kLanes - 1 numbers past the last.
+template <int R, typename X, typename M>
+void RowDots(MatrixOf<X> x, M m, Matrix y, Size rows, Size inner) {
   const Size whole = inner / kLanes * kLanes;
   for (Size j = 0; j < rows; j += kLanes) {
     const Size count = std::min(kLanes, rows - j);
-    Vector sums[R][kLanes]{};
-    for (Size i = 0; i < count; ++i) {
+    Vector sums[R][kLanes];
+    for (Size i = 0; i < kLanes; ++i) {
       Vector sum[R]{};
-      before(j + i);
-      for (Size h = 0; h < whole; h += kLanes) {
-        const Vector column = Load<Vector>(m.row(j + i) + h);
-        for (int r = 0; r < R; ++r) sum[r] += Load<Vector>(x.row(r) + h) * column;
+      if (i < count) {
+        const auto row = m.row(j + i);
+        for (Size h = 0; h < whole; h += kLanes) {
+          const auto column = Column<Vector>(row + h);
+          for (int r = 0; r < R; ++r) MultiplyAdd(sum[r], Column<Vector>(x.row(r) + h), column);
+        }
       }
       for (int r = 0; r < R; ++r) sums[r][i] = sum[r];
     }
@@ -305,17 +376,17 @@ void RowDots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size inner, Before be
       Store(y.row(r) + j, Sums(sums[r]));
       for (Size i = 0; i < count; ++i)
         for (Size h = whole; h < inner; ++h)
-          y.at(r, j + i) += x.at(r, h) * Load<float>(m.row(j + i) + h);
+          MultiplyAdd(y.at(r, j + i), x.at(r, h), Column<float>(m.row(j + i) + h));
     }
   }
 }
 
-template <typename E, typename Before>
-void Dots(Matrix x, MatrixOf<E> m, Matrix y, Size rows, Size columns, Size inner, Before before) {
-  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) RowDots<4>(x, m, y, columns, inner, before);
-  if (rows == 3) RowDots<3>(x, m, y, columns, inner, before);
-  if (rows == 2) RowDots<2>(x, m, y, columns, inner, before);
-  if (rows == 1) RowDots<1>(x, m, y, columns, inner, before);
+template <typename X, typename M>
+void Dots(MatrixOf<X> x, M m, Matrix y, Size rows, Size columns, Size inner) {
+  for (; rows >= 4; rows -= 4, x.skip(4), y.skip(4)) RowDots<4>(x, m, y, columns, inner);
+  if (rows == 3) RowDots<3>(x, m, y, columns, inner);
+  if (rows == 2) RowDots<2>(x, m, y, columns, inner);
+  if (rows == 1) RowDots<1>(x, m, y, columns, inner);
 }
 
 template <typename E>
@@ -372,8 +443,11 @@ void Hide(float* row, Size from, Size to) {
 
 constexpr Size kSlots = 64;  // of a prompt, worked on together
 
-template <typename E>
+// Where factors are pairs, queries (scaled) and weights are rounded to bfloat16.
+template <typename E, typename X>
 struct Decode {
+  static constexpr bool kPairs = std::is_same_v<X, Pair>;
+
   Size U, T, K, G, H, P, S, Z, W, J;
   float scale;
   const E *q_UTKGH, *k_UTKH, *v_UTKH, *prompt_k_UPKSH, *prompt_v_UPKSH;
@@ -417,6 +491,20 @@ struct Decode {
     return *std::max_element(slots.begin(), slots.end());
   }
 
+  // Factors of keys or values of a page, which aren't moved: along each, or across them.
+  auto Keys(Size place) const {
+    if constexpr (kPairs)
+      return MatrixOf<const Pair>{reinterpret_cast<const Pair*>(own_k_UZKWH + place), H / 2};
+    else
+      return MatrixOf<const E>{own_k_UZKWH + place, H};
+  }
+  auto Values(Size place, Size count) const {
+    if constexpr (kPairs)
+      return Twos{own_v_UZKWH + place, H, count};
+    else
+      return MatrixOf<const E>{own_v_UZKWH + place, H};
+  }
+
   // Slots that are left out get 0.
   void Blank(Size u, Size k) const {
     for (Size t = 0; t < T; ++t)
@@ -433,17 +521,23 @@ struct Decode {
     const Size count = slots.size(), rows = count * G;
     if (!count) return;
     const Size length = std::clamp<Size>(length_UP[b], 0, S), prompt = Padded(length);
-    const Size prompt_at = (b * K + k) * S * H;
+    const auto in_prompt = [&](const E* from) {
+      return [=, at = from + (b * K + k) * S * H](Size s) { return at + s * H; };
+    };
+    const auto count_of = Factors<X>::Count;
     Room<float> floats;
+    Room<X> factors;
     const Matrix y = floats(rows, H), logits = floats(rows, prompt);
     const Matrix own = floats(G, Padded(J * W) + kLanes), total = floats(rows, 1);
-    const Matrix q = Along<float>(
+    const Matrix scaled = Along<float>(
         [&](Size row) { return q_UTKGH + (((u * T + slots[row / G]) * K + k) * G + row % G) * H; },
         rows, H, floats(rows, H));
-    const Matrix k_HS = Turned<float>([&](Size s) { return prompt_k_UPKSH + prompt_at + s * H; },
-                                      length, H, floats(H, prompt));
-    for (Size i = 0; i < rows * H; ++i) q.data[i] *= scale;
-    Multiply(q, k_HS, logits, rows, H, prompt, false);
+    for (Size i = 0; i < rows * H; ++i) scaled.data[i] *= scale;
+    const MatrixOf<X> tile = factors(rows, count_of(std::max(prompt, Padded(W))));
+    const MatrixOf<X> q = TileAlong<X>(scaled, rows, H, factors(rows, count_of(H)).data);
+    const MatrixOf<X> k_HS =
+        Turned<X>(in_prompt(prompt_k_UPKSH), length, H, factors(count_of(H), prompt));
+    Multiply(q, k_HS, logits, rows, count_of(H), prompt, false);
 
     for (Size i = 0; i < count; ++i) {
       const Size t = slots[i], slot = (u * T + t) * K + k, age = age_UT[u * T + t];
@@ -452,20 +546,16 @@ struct Decode {
       const Size place = Place(u, t, k, age);
       std::copy_n(k_UTKH + slot * H, H, own_k_UZKWH + place);
       std::copy_n(v_UTKH + slot * H, H, own_v_UZKWH + place);
+      // The next slot's are asked for meanwhile, as many.
       const Size next = slots[std::min(i + 1, count - 1)], next_age = age_UT[u * T + next];
+      const auto ahead = [&](const E* from, Size at, auto m) {
+        const E* const theirs = from + Place(u, next, k, std::min(at, next_age));
+        const Size rows = kPairs && std::is_same_v<decltype(m), Twos> ? 2 : 1;
+        return Ahead<decltype(m)>{m, reinterpret_cast<const char*>(theirs), rows * H * Size(sizeof(E))};
+      };
       Pages(u, t, k, from, age + 1, [&](Size keys, Size positions, Size at) {
-        const Size theirs = Place(u, next, k, std::min(from + at, next_age));
-        // Ask for the next slot's meanwhile, a little at a time: they lie anywhere, and the processor
-        // would wait for them. What lies after them is nobody's harm.
-        const auto prefetch = [&](Size position) {
-          constexpr Size line = 64 / sizeof(E);
-          for (Size h = 0; h < H; h += line) {
-            __builtin_prefetch(own_k_UZKWH + theirs + position * H + h);
-            __builtin_prefetch(own_v_UZKWH + theirs + position * H + h);
-          }
-        };
-        Dots(Matrix{q.row(i * G), H}, MatrixOf<E>{own_k_UZKWH + keys, H},
-             Matrix{own.data + at, own.stride}, G, positions, H, prefetch);
+        Dots(MatrixOf<X>{q.row(i * G), q.stride}, ahead(own_k_UZKWH, from + at, Keys(keys)),
+             own.from(at), G, positions, count_of(H));
       });
       for (Size g = 0; g < G; ++g) {
         float* const shared = logits.row(i * G + g);
@@ -476,12 +566,16 @@ struct Decode {
         *total.row(i * G + g) = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
       }
       Pages(u, t, k, from, age + 1, [&](Size values, Size positions, Size at) {
-        Multiply(Matrix{own.data + at, own.stride}, MatrixOf<E>{own_v_UZKWH + values, H},
-                 Matrix{y.row(i * G), H}, G, positions, H, at > 0);
+        Multiply(TileAlong<X>(own.from(at), G, positions, tile.data),
+                 ahead(own_v_UZKWH, from + at, Values(values, positions)),
+                 Matrix{y.row(i * G), H}, G, count_of(positions), H, at > 0);
       });
     }
 
-    Multiply(logits, MatrixOf<const E>{prompt_v_UPKSH + prompt_at, H}, y, rows, length, H, true);
+    const MatrixOf<X> v_SH =
+        Across<X>(in_prompt(prompt_v_UPKSH), length, H, factors(count_of(prompt), H));
+    const MatrixOf<X> weights = TileAlong<X>(logits, rows, prompt, tile.data);
+    Multiply(weights, v_SH, y, rows, count_of(length), H, true);
     for (Size i = 0; i < count; ++i)
       for (Size g = 0; g < G; ++g) {
         E* const out = out_UTKGH + (((u * T + slots[i]) * K + k) * G + g) * H;
@@ -524,16 +618,6 @@ struct Whole {
   // And its queries, or what is like them, from position t on.
   auto Queries(const E* from_BTKGH, Size b, Size k, Size t) const {
     return [=](Size row) { return from_BTKGH + (Place(b, t + row / G, k) * G + row % G) * H; };
-  }
-
-  // Of a tile, [rows, columns], the factors along and across its rows; of floats it is they.
-  static MatrixOf<X> TileAlong(Matrix tile, Size rows, Size columns, X* to) {
-    if constexpr (kPer == 1) return tile;
-    return Along<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, Count(columns)});
-  }
-  static MatrixOf<X> TileAcross(Matrix tile, Size rows, Size columns, X* to) {
-    if constexpr (kPer == 1) return tile;
-    return Across<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, columns});
   }
 
   void Write(Matrix from_TH, E* to_BTKH, Size b, Size k) const {
@@ -647,7 +731,7 @@ struct Whole {
         totals[row] = Weigh(logits.row(row), columns, top);
         log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = top + std::log(totals[row]);
       }
-      const MatrixOf<X> weights = TileAlong(logits, count * G, columns, tile.data);
+      const MatrixOf<X> weights = TileAlong<X>(logits, count * G, columns, tile.data);
       for (const auto& [from, size, column] : runs)
         Multiply(MatrixOf<X>{weights.data + column / kPer, weights.stride},
                  MatrixOf<X>{v_TH.row(from / kPer), H}, y, count * G, Count(size), H, true);
@@ -696,9 +780,9 @@ struct Whole {
           Store(d_logit, scale * Load<Vector>(weights.row(row) + s) * (Load<Vector>(d_logit) - mean));
         }
       }
-      const MatrixOf<X> d_along = TileAlong(d_logits, used, columns, tile_along);
-      const MatrixOf<X> d_across = TileAcross(d_logits, used, columns, tile_across);
-      const MatrixOf<X> weights_across = TileAcross(weights, used, columns, tile_weights);
+      const MatrixOf<X> d_along = TileAlong<X>(d_logits, used, columns, tile_along);
+      const MatrixOf<X> d_across = TileAcross<X>(d_logits, used, columns, tile_across);
+      const MatrixOf<X> weights_across = TileAcross<X>(weights, used, columns, tile_weights);
       std::fill_n(d_q.data, used * H, 0.0f);
       for (const Run& run : runs) {
         Multiply(MatrixOf<X>{d_along.data + run.column / kPer, d_along.stride},
@@ -812,16 +896,22 @@ ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type
   if (new_k->typed_data() != own_k.typed_data() || new_v->typed_data() != own_v.typed_data())
     return ffi::Error::Internal("the caches must be updated in place");
   const auto d = q.dimensions(), prompts = prompt_k.dimensions(), pages = own_k.dimensions();
-  const Decode<ffi::NativeType<type>> step{
-      d[0], d[1], d[2], d[3], d[4], prompts[1], prompts[3], pages[1], pages[3],
-      table.dimensions()[2], scale,
-      q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
-      prompt_v.typed_data(), new_k->typed_data(), new_v->typed_data(), out->typed_data(),
-      length.typed_data(), prompt.typed_data(), age.typed_data(), table.typed_data(),
-      window.typed_data()};
-  const Size parts = std::max<Size>((step.Crowd() + kSlots - 1) / kSlots, 1);
-  Share(pool, step.U * step.P, step.K * parts,
-        [step, parts](Size b, Size i) { step(b, i / parts, i % parts); });
+  const auto run = [&](auto factor) {
+    const Decode<ffi::NativeType<type>, decltype(factor)> step{
+        d[0], d[1], d[2], d[3], d[4], prompts[1], prompts[3], pages[1], pages[3],
+        table.dimensions()[2], scale,
+        q.typed_data(), k.typed_data(), v.typed_data(), prompt_k.typed_data(),
+        prompt_v.typed_data(), new_k->typed_data(), new_v->typed_data(), out->typed_data(),
+        length.typed_data(), prompt.typed_data(), age.typed_data(), table.typed_data(),
+        window.typed_data()};
+    const Size parts = std::max<Size>((step.Crowd() + kSlots - 1) / kSlots, 1);
+    Share(pool, step.U * step.P, step.K * parts,
+          [step, parts](Size b, Size i) { step(b, i / parts, i % parts); });
+  };
+  if (d[4] % 2)
+    run(0.0f);  // pairs along keys, as they lie, would reach into the next
+  else
+    run(Factor<ffi::NativeType<type>>{});
   return ffi::Error::Success();
 }
 
