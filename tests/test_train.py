@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,6 +312,40 @@ def test_chunked_cross_entropy_is_plain_cross_entropy(length: int, chunk: int) -
         jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, hidden) for f in (plain, chunked)
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def factors(program: str) -> list[str]:
+    """The dtypes of both sides of each product of two matrices in a compiled program."""
+    found, dtypes = [], {}
+    for line in program.splitlines():
+        if made := re.match(r"\s+(?:ROOT )?(%\S+) = (\w+)\[", line):
+            dtypes[made[1]] = made[2]
+        if product := re.search(r" dot\((%[^,]+), (%[^,)]+)\)", line):
+            found.append("{} {}".format(*(dtypes[name] for name in product.groups())))
+    return found
+
+
+@pytest.mark.skipif(
+    sharding.fast_dtype("cpu") != "bfloat16" or jax.default_backend() != "cpu",
+    reason="a CPU with units for bfloat16 multiplies in it",
+)
+def test_products_with_the_table_are_in_bfloat16_on_cpu() -> None:
+    """The logits, and what their gradients are, of large matrices: in float32 they take twice the
+    time, and XLA turns to that by how the sides lie."""
+    config = make_config(width=256, text_size=1000, dtype="bfloat16")
+    params = transformer.shapes(config)
+    batch = Batch.of({name: np.zeros((2, 64), dtype) for name, dtype in FIELDS.items()})
+    hidden = jax.ShapeDtypeStruct((2, 64, config.width), jnp.bfloat16)
+
+    def loss(params: Params, hidden: jax.Array) -> jax.Array:
+        return losses.cross_entropy_sum(config, params, hidden, batch, 32)
+
+    def logits(params: Params, hidden: jax.Array) -> jax.Array:
+        return Transformer(config).apply(params, hidden, method="logits")
+
+    for program, products in ((jax.grad(loss, (0, 1)), 3), (logits, 1)):
+        compiled = jax.jit(program).lower(params, hidden).compile().as_text()
+        assert factors(compiled) == ["bf16 bf16"] * products
 
 
 # One step

@@ -6,8 +6,8 @@
 // `Whole` is rows of trees of sequences that see themselves, forwards and backwards. `Draw`
 // draws a token of each slot's logits.
 //
-// Attention of whole rows in bfloat16 multiplies pairs of numbers where the processor can, which
-// rounds weights to bfloat16; its instruction takes subnormal numbers for 0.
+// Attention in bfloat16 multiplies pairs of numbers where the processor can, which rounds weights,
+// and scaled queries of the sampler, to bfloat16; its instruction takes subnormal numbers for 0.
 //
 // The letters are those of gsm_verifier/sharding.py. Vectors are the compilers' (GCC and Clang), so
 // that a tile of the product stays in registers; -ffast-math isn't needed, and would change the
@@ -209,7 +209,8 @@ struct Ahead {
   const char* next;
   Size bytes;
   auto row(Size i) const {
-    for (Size at = 0; at < bytes; at += 64) __builtin_prefetch(next + i * bytes + at, 0, 2);
+    for (Size at = 0; at < bytes; at += 64)
+      __builtin_prefetch(next + i * bytes + at, 0, 2);  // into the second cache
     return m.row(i);
   }
   Ahead from(Size column) const { return {m.from(column), next, bytes}; }
@@ -443,7 +444,7 @@ void Hide(float* row, Size from, Size to) {
 
 constexpr Size kSlots = 64;  // of a prompt, worked on together
 
-// Where factors are pairs, queries (scaled) and weights are rounded to bfloat16.
+// Where factors are pairs, scaled queries and weights are rounded to bfloat16.
 template <typename E, typename X>
 struct Decode {
   static constexpr bool kPairs = std::is_same_v<X, Pair>;
@@ -548,13 +549,13 @@ struct Decode {
       std::copy_n(v_UTKH + slot * H, H, own_v_UZKWH + place);
       // The next slot's are asked for meanwhile, as many.
       const Size next = slots[std::min(i + 1, count - 1)], next_age = age_UT[u * T + next];
-      const auto ahead = [&](const E* from, Size at, auto m) {
+      const auto ahead = [&](auto m, const E* from, Size at, Size rows) {
         const E* const theirs = from + Place(u, next, k, std::min(at, next_age));
-        const Size rows = kPairs && std::is_same_v<decltype(m), Twos> ? 2 : 1;
-        return Ahead<decltype(m)>{m, reinterpret_cast<const char*>(theirs), rows * H * Size(sizeof(E))};
+        const Size bytes = rows * H * sizeof(E);
+        return Ahead<decltype(m)>{m, reinterpret_cast<const char*>(theirs), bytes};
       };
       Pages(u, t, k, from, age + 1, [&](Size keys, Size positions, Size at) {
-        Dots(MatrixOf<X>{q.row(i * G), q.stride}, ahead(own_k_UZKWH, from + at, Keys(keys)),
+        Dots(MatrixOf<X>{q.row(i * G), q.stride}, ahead(Keys(keys), own_k_UZKWH, from + at, 1),
              own.from(at), G, positions, count_of(H));
       });
       for (Size g = 0; g < G; ++g) {
@@ -567,7 +568,7 @@ struct Decode {
       }
       Pages(u, t, k, from, age + 1, [&](Size values, Size positions, Size at) {
         Multiply(TileAlong<X>(own.from(at), G, positions, tile.data),
-                 ahead(own_v_UZKWH, from + at, Values(values, positions)),
+                 ahead(Values(values, positions), own_v_UZKWH, from + at, Factors<X>::kPer),
                  Matrix{y.row(i * G), H}, G, count_of(positions), H, at > 0);
       });
     }

@@ -34,8 +34,10 @@ def squashed(raw: jax.Array, squash: str) -> jax.Array:
     return jax.nn.sigmoid(raw) if squash == "sigmoid" else raw
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(loss: Callable[..., jax.Array], table_DV: jax.Array, pieces: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(
+    loss: Callable[..., jax.Array], letters: str, table: jax.Array, pieces: Any
+) -> jax.Array:
     """The sum of loss(table, *piece) over the first axis of the arrays in `pieces`.
 
     Its gradient by the table and by the first array is computed with it: the logits, which are a
@@ -44,12 +46,12 @@ def _total(loss: Callable[..., jax.Array], table_DV: jax.Array, pieces: Any) -> 
     """
 
     def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
-        return total + loss(table_DV, *piece), None
+        return total + loss(table, *piece), None
 
     return jax.lax.scan(add, jnp.zeros(()), pieces)[0]
 
 
-def _total_forward(loss: Any, table_DV: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
+def _total_forward(loss: Any, letters: str, table: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
     """Each device adds up the gradients of its own rows, so that they are summed over devices once,
     not with every piece."""
     B, n = pieces[0].shape[1], parts("B")
@@ -60,17 +62,18 @@ def _total_forward(loss: Any, table_DV: jax.Array, pieces: Any) -> tuple[jax.Arr
 
     def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
         each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (None, 0, 0, 0))
-        value, (d_table, d_hidden) = each(table_DV, *map(by_device, piece))
+        value, (d_table, d_hidden) = each(table, *map(by_device, piece))
         return jax.tree.map(jnp.add, carry, (value, d_table)), d_hidden.reshape(piece[0].shape)
 
-    zero = constrain(jnp.zeros((n, *table_DV.shape), table_DV.dtype), ("B", None, "V"))
+    own = ("B", *(letter if letter == "V" else None for letter in letters))
+    zero = constrain(jnp.zeros((n, *table.shape), table.dtype), own)
     (total, d_table), d_hidden = jax.lax.scan(add, (jnp.zeros(n), zero), pieces)
-    return total.sum(), (constrain(d_table.sum(0), "DV"), d_hidden)
+    return total.sum(), (constrain(d_table.sum(0), letters), d_hidden)
 
 
-def _total_backward(loss: Any, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    d_table_DV, d_hidden = ((g * x).astype(x.dtype) for x in kept)
-    return d_table_DV, (d_hidden, None, None)
+def _total_backward(loss: Any, letters: str, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    d_table, d_hidden = ((g * x).astype(x.dtype) for x in kept)
+    return d_table, (d_hidden, None, None)
 
 
 _total.defvjp(_total_forward, _total_backward)
@@ -81,13 +84,13 @@ def cross_entropy_sum(
 ) -> jax.Array:
     """Weighted cross-entropy summed over the batch, of `chunk` positions of each row at a time."""
     T = hidden_BTD.shape[1]
+    # Else each chunk's gradient by the logits would be transposed for that by the table.
+    letters = "DV" if transformer.lies_transposed(hidden_BTD) else "VD"
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
-    def loss(table_DV: Any, hidden_BCD: Any, targets_BC: Any, weight_BC: Any) -> jax.Array:
-        logits_BCV = transformer.logits(config, table_DV, hidden_BCD, letters="DV")
-        # A gather's gradient is a scatter into zeros of [B, C, V]; this one fuses with the softmax.
-        is_target = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
-        picked_BC = jnp.where(is_target, logits_BCV, 0).sum(-1)
+    def loss(table: Any, hidden_BCD: Any, targets_BC: Any, weight_BC: Any) -> jax.Array:
+        logits_BCV = transformer.logits(config, table, hidden_BCD, letters=letters)
+        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], -1)[..., 0]
         loss_BC = jax.nn.logsumexp(logits_BCV, -1) - picked_BC
         return (loss_BC * weight_BC).sum()
 
@@ -95,8 +98,9 @@ def cross_entropy_sum(
         return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
 
     arrays = (hidden_BTD, batch.targets_BT, batch.lm_weight_BT)
-    table_DV = params["params"][transformer.table(config)].T
-    return _total(loss, table_DV, tuple(map(pieces, arrays)))
+    table_VD = params["params"][transformer.table(config)]
+    table = jnp.einsum(f"VD->{letters}", table_VD)
+    return _total(loss, letters, table, tuple(map(pieces, arrays)))
 
 
 def loss_sums(
