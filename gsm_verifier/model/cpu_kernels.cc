@@ -534,8 +534,9 @@ struct Decode {
         [&](Size row) { return q_UTKGH + (((u * T + slots[row / G]) * K + k) * G + row % G) * H; },
         rows, H, floats(rows, H));
     for (Size i = 0; i < rows * H; ++i) scaled.data[i] *= scale;
-    const MatrixOf<X> tile = factors(rows, count_of(std::max(prompt, Padded(W))));
-    const MatrixOf<X> q = TileAlong<X>(scaled, rows, H, factors(rows, count_of(H)).data);
+    const Size pairs = kPairs ? rows : 0;
+    const MatrixOf<X> tile = factors(pairs, count_of(std::max(prompt, Padded(W))));
+    const MatrixOf<X> q = TileAlong<X>(scaled, rows, H, factors(pairs, count_of(H)).data);
     const MatrixOf<X> k_HS =
         Turned<X>(in_prompt(prompt_k_UPKSH), length, H, factors(count_of(H), prompt));
     Multiply(q, k_HS, logits, rows, count_of(H), prompt, false);
