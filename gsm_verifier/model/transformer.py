@@ -49,7 +49,7 @@ def lies_transposed(x: jax.Array) -> bool:
     """Must x be transposed in memory for x.T @ g, the gradient of a matrix it is multiplied with?
 
     From bfloat16 XLA:CPU runs that at the speed of float32, a fifth of what it makes of a left side
-    that lies so. By the table alone SmolLM2-135M lost 6 % of a training step to it.
+    that lies so. By the table alone SmolLM2-135M lost 5 % of a training step to it.
     """
     return sharding.platform() == "cpu" and x.dtype == jnp.bfloat16
 
