@@ -492,8 +492,8 @@ def _codes(answers: Sequence[str | None]) -> tuple[np.ndarray, list[str]]:
 
 
 def _slices(problems: int, width: int) -> Iterator[slice]:
-    """All problems, as many at a time as bound the memory of `width` elements for each."""
-    step = max(1, statistics.CHUNK_ELEMENTS // width)
+    """All problems, as many at a time as bound the memory of `width` float64 for each."""
+    step = max(1, statistics.CHUNK_BYTES // (8 * width))
     for start in range(0, problems, step):
         yield slice(start, min(start + step, problems))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 RESAMPLES = 10_000
-CHUNK_ELEMENTS = 2**21  # bounds the memory of everything resampled: 16 MiB of float64
+CHUNK_BYTES = 2**21  # what is resampled or sorted at a time stays in a core's second cache
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -47,7 +47,7 @@ def bootstrap(
     mean_RK = np.concatenate(
         [
             _resample_counts(rng, rows, problems) @ value_KP.T
-            for rows in _chunks(resamples, problems)
+            for rows in _chunks(resamples, 8 * problems)
         ]
     )
     low_K, high_K = np.quantile(mean_RK / problems, [0.025, 0.975], axis=0)
@@ -95,7 +95,7 @@ def sign_flip(difference_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLE
     # Rounding must not turn an equal statistic into a smaller one.
     observed = abs(difference_P.sum()) - 1e-9 * size_P.sum()
     extreme = 0
-    for rows in _chunks(resamples, size_P.size):
+    for rows in _chunks(resamples, size_P.size):  # int8, and as many make the draws
         positive_RP = rng.integers(2, size=(rows, size_P.size), dtype=np.int8)
         statistic_R = 2 * (positive_RP @ size_P) - size_P.sum()
         extreme += int((np.abs(statistic_R) >= observed).sum())
@@ -209,7 +209,7 @@ def _resample_counts(rng: np.random.Generator, rows: int, problems: int) -> np.n
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:
-    """Row counts summing to `total`, each of a bounded number of `width`-wide rows."""
-    step = max(1, CHUNK_ELEMENTS // width)
+    """Row counts summing to `total`, each of a bounded number of rows of `width` bytes."""
+    step = max(1, CHUNK_BYTES // width)
     for start in range(0, total, step):
         yield min(step, total - start)

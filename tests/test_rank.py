@@ -149,7 +149,7 @@ def test_how_many_problems_are_ranked_at_a_time_does_not_matter(
 ) -> None:
     candidates = random_candidates()
     at_once_P = rank.best_of(candidates, candidates.score_PM, 7)
-    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 3 * 20)  # three problems
+    monkeypatch.setattr(statistics, "CHUNK_BYTES", 8 * 3 * 20)  # three problems
     np.testing.assert_array_equal(rank.best_of(candidates, candidates.score_PM, 7), at_once_P)
 
 
