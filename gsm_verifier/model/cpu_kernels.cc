@@ -14,6 +14,7 @@
 // process's rounding of small numbers.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -27,6 +28,11 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -268,6 +274,18 @@ MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   return to;
 }
 
+// And those across them transposed, [size, count / kPer].
+template <typename X, typename Rows>
+MatrixOf<X> AcrossTurned(Rows rows, Size count, Size size, MatrixOf<X> to) {
+  constexpr Size per = Factors<X>::kPer;
+  std::vector<X> some(size);
+  for (Size i = 0; i < count; i += per) {
+    Factors<X>::Across(rows(i), i + 1 < count ? rows(i + 1) : nullptr, size, some.data());
+    for (Size j = 0; j < size; ++j) to.row(j)[i / per] = some[j];
+  }
+  return to;
+}
+
 // Of a tile, [rows, columns], the factors along and across its rows; of floats it is they.
 template <typename X>
 MatrixOf<X> TileAlong(Matrix tile, Size rows, Size columns, X* to) {
@@ -280,13 +298,6 @@ MatrixOf<X> TileAcross(Matrix tile, Size rows, Size columns, X* to) {
   if constexpr (std::is_same_v<X, float>) return tile;
   return Across<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, columns});
 }
-
-template <typename E>
-struct Transposed {  // the matrix whose columns are these rows
-  MatrixOf<E> rows;
-  E& at(Size i, Size j) const { return rows.at(j, i); }
-  void skip(Size count) { rows.data += count; }
-};
 
 // R rows and V vectors of columns of y = x m, or of y += x m.
 template <typename T, int R, int V, typename X, typename M>
@@ -315,8 +326,110 @@ void Columns(X x, M m, Matrix y, Size rows, Size inner, bool add) {
   if (rows == 1) Tile<T, 1, V>(x, m, y, inner, add);
 }
 
+#ifdef TILES
+constexpr Size kTile = 16;  // rows of at most 16 floats or pairs
+
+// May the process use the processor's tiles (AMX)? Linux wants to be asked.
+bool HasTiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool has = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return has;
+}
+
+// Tiles 0 to 3 are y's, two by two, 4 and 5 x's, 6 and 7 m's.
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  Shapes(Size y_rows, Size inner, Size columns) {
+    for (int tile = 0; tile < 8; ++tile) {
+      bytes[tile] = 4 * (tile == 4 || tile == 5 ? inner : columns);
+      rows[tile] = tile < 6 ? y_rows : inner;
+    }
+  }
+};
+
+// R and V tiles of y = x m, or of y += x m.
+template <int R, int V>
+void Block(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size inner, bool add) {
+  const Size x_bytes = x.stride * sizeof(Pair), m_bytes = m.stride * sizeof(Pair);
+  const Size y_bytes = y.stride * sizeof(float);
+  const auto at = [&](Size r, Size v) { return y.row(r * kTile) + v * kTile; };
+  if (add) {
+    _tile_loadd(0, at(0, 0), y_bytes);
+    if constexpr (V == 2) _tile_loadd(1, at(0, 1), y_bytes);
+    if constexpr (R == 2) _tile_loadd(2, at(1, 0), y_bytes);
+    if constexpr (R == 2 && V == 2) _tile_loadd(3, at(1, 1), y_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (Size i = 0; i < inner; i += kTile) {
+    _tile_loadd(4, x.row(0) + i, x_bytes);
+    _tile_loadd(6, m.row(i), m_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (V == 2) {
+      _tile_loadd(7, m.row(i) + kTile, m_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R == 2) {
+      _tile_loadd(5, x.row(kTile) + i, x_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (R == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, at(0, 0), y_bytes);
+  if constexpr (V == 2) _tile_stored(1, at(0, 1), y_bytes);
+  if constexpr (R == 2) _tile_stored(2, at(1, 0), y_bytes);
+  if constexpr (R == 2 && V == 2) _tile_stored(3, at(1, 1), y_bytes);
+}
+
+// Each size is one of whole tiles, or less than one.
+void Blocks(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size rows, Size inner, Size columns,
+            bool add) {
+  const Shapes shapes(std::min(rows, kTile), std::min(inner, kTile), std::min(columns, kTile));
+  asm volatile("" ::"r"(&shapes) : "memory");  // GCC doesn't know what is read by what follows
+  _tile_loadconfig(&shapes);
+  for (Size j = 0; j < columns; j += 2 * kTile) {
+    const bool two = j + kTile < columns;
+    for (Size r = 0; r < rows; r += 2 * kTile) {
+      const MatrixOf<Pair> some{x.row(r), x.stride};
+      const Matrix to{y.row(r) + j, y.stride};
+      if (r + kTile < rows)
+        (two ? Block<2, 2> : Block<2, 1>)(some, m.from(j), to, inner, add);
+      else
+        (two ? Block<1, 2> : Block<1, 1>)(some, m.from(j), to, inner, add);
+    }
+  }
+  _tile_release();
+  asm volatile("" ::: "memory");  // nor that it writes
+}
+
+// So that which rows stand beside a row can't change its numbers, tiles multiply all of them.
+void MultiplyInTiles(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size rows, Size inner,
+                     Size columns, bool add) {
+  const auto parts = [](Size size) {  // where they begin, and sizes
+    const Size whole = size / kTile * kTile;
+    return std::array<std::pair<Size, Size>, 2>{{{0, whole}, {whole, size - whole}}};
+  };
+  for (const auto& [i, inners] : parts(inner))
+    for (const auto& [r, some] : parts(rows))
+      for (const auto& [j, few] : parts(columns))
+        if (inners && some && few)
+          Blocks({x.row(r) + i, x.stride}, {m.row(i) + j, m.stride}, {y.row(r) + j, y.stride}, some,
+                 inners, few, add || i > 0);
+}
+#endif
+
 template <typename X, typename M>
 void Multiply(X x, M m, Matrix y, Size rows, Size inner, Size columns, bool add) {
+#ifdef TILES
+  if constexpr (std::is_same_v<X, MatrixOf<Pair>> && std::is_same_v<M, X>)
+    if (HasTiles()) return MultiplyInTiles(x, m, y, rows, inner, columns, add);
+#endif
   Size j = 0;
   for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
     Columns<Vector, kVectors>(x, m.from(j), y.from(j), rows, inner, add);
@@ -622,9 +735,14 @@ struct Whole {
     return [=](Size row) { return from_BTKGH + (Place(b, t + row / G, k) * G + row % G) * H; };
   }
 
-  void Write(Matrix from_TH, E* to_BTKH, Size b, Size k) const {
-    for (Size t = 0; t < T; ++t)
-      for (Size h = 0; h < H; ++h) Put(to_BTKH + Place(b, t, k) * H + h, from_TH.at(t, h));
+  void Write(Matrix from_HT, E* to_BTKH, Size b, Size k) const {
+    std::vector<float> some(kLanes * H);
+    for (Size t = 0; t < T; t += kLanes) {
+      for (Size h = 0; h < H; ++h)
+        for (Size i = 0; i < kLanes; ++i) some[i * H + h] = from_HT.at(h, t + i);
+      for (Size i = 0; i < std::min(kLanes, T - t); ++i)
+        for (Size h = 0; h < H; ++h) Put(to_BTKH + Place(b, t + i, k) * H + h, some[i * H + h]);
+    }
   }
 
   void WriteQueries(Matrix from, E* to_BTKGH, Size b, Size k, Size t, Size count) const {
@@ -753,10 +871,10 @@ struct Whole {
     const MatrixOf<X> k_HT = Turned<X>(keys, T, H, factors(Count(H), Stride()));
     const MatrixOf<X> v_HT = Turned<X>(values, T, H, factors(Count(H), Stride()));
     const MatrixOf<X> q = factors(rows, Count(H)), d_out = factors(rows, Count(H));
-    const MatrixOf<X> q_across = factors(Count(rows), H), d_out_across = factors(Count(rows), H);
+    const MatrixOf<X> q_turned = factors(H, Count(rows)), d_out_turned = factors(H, Count(rows));
     const auto tile = [&] { return factors(kPer == 1 ? 0 : Count(rows), padded).data; };
     X *const tile_along = tile(), *const tile_across = tile(), *const tile_weights = tile();
-    const Matrix d_k_TH = floats(T, H), d_v_TH = floats(T, H), d_q = floats(rows, H);
+    const Matrix d_k_HT = floats(H, Stride()), d_v_HT = floats(H, Stride()), d_q = floats(rows, H);
     const Matrix all_weights = floats(rows, padded), all_d_logits = floats(rows, padded);
     std::vector<Run> runs;
     const Seen seen = SeenOf(b);
@@ -768,8 +886,8 @@ struct Whole {
       const auto d_outs = Queries(d_out_BTKGH, b, k, t);
       Along<X>(queries, used, H, q);
       Along<X>(d_outs, used, H, d_out);
-      Across<X>(queries, used, H, q_across);
-      Across<X>(d_outs, used, H, d_out_across);
+      AcrossTurned<X>(queries, used, H, q_turned);
+      AcrossTurned<X>(d_outs, used, H, d_out_turned);
       Logits(seen, t, count, runs, q, k_HT, weights);
       for (const auto& [from, size, column] : runs)
         Multiply(d_out, MatrixOf<X>{v_HT.data + from, v_HT.stride},
@@ -789,17 +907,15 @@ struct Whole {
       for (const Run& run : runs) {
         Multiply(MatrixOf<X>{d_along.data + run.column / kPer, d_along.stride},
                  MatrixOf<X>{k_TH.row(run.from / kPer), H}, d_q, used, Count(run.size), H, true);
-        const auto add = [&](MatrixOf<X> x, MatrixOf<X> factor, Matrix to) {
-          Multiply(Transposed<X>{{x.data + run.column, columns}}, factor,
-                   Matrix{to.row(run.from), H}, run.size, Count(used), H, true);
-        };
-        add(d_across, q_across, d_k_TH);
-        add(weights_across, d_out_across, d_v_TH);
+        Multiply(q_turned, d_across.from(run.column), d_k_HT.from(run.from), H, Count(used),
+                 Padded(run.size), true);
+        Multiply(d_out_turned, weights_across.from(run.column), d_v_HT.from(run.from), H,
+                 Count(used), Padded(run.size), true);
       }
       WriteQueries(d_q, d_q_BTKGH, b, k, t, count);
     }
-    Write(d_k_TH, d_k_BTKH, b, k);
-    Write(d_v_TH, d_v_BTKH, b, k);
+    Write(d_k_HT, d_k_BTKH, b, k);
+    Write(d_v_HT, d_v_BTKH, b, k);
   }
 };
 
