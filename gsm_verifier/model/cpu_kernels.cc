@@ -431,10 +431,15 @@ void Multiply(X x, M m, Matrix y, Size rows, Size inner, Size columns, bool add)
     if (HasTiles()) return MultiplyInTiles(x, m, y, rows, inner, columns, add);
 #endif
   Size j = 0;
-  for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
-    Columns<Vector, kVectors>(x, m.from(j), y.from(j), rows, inner, add);
-  for (; j + kLanes <= columns; j += kLanes)
-    Columns<Vector, 1>(x, m.from(j), y.from(j), rows, inner, add);
+  const auto columns_of = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    for (; j + V * kLanes <= columns; j += V * kLanes)
+      Columns<Vector, V>(x, m.from(j), y.from(j), rows, inner, add);
+  };
+  columns_of(std::integral_constant<int, kVectors>{});
+  columns_of(std::integral_constant<int, kVectors * 3 / 4>{});
+  columns_of(std::integral_constant<int, kVectors / 2>{});
+  columns_of(std::integral_constant<int, 1>{});
   for (; j < columns; ++j) Columns<float, 1>(x, m.from(j), y.from(j), rows, inner, add);
 }
 
