@@ -7,7 +7,9 @@
 // draws a token of each slot's logits.
 //
 // Attention in bfloat16 multiplies pairs of numbers where the processor can, which rounds weights,
-// and scaled queries of the sampler, to bfloat16; its instruction takes subnormal numbers for 0.
+// and scaled queries of the sampler, to bfloat16; its instruction takes subnormal numbers for 0. Where
+// it has tiles (AMX), they multiply, but for what each slot of the sampler has of its own: that is
+// too few rows, and waits for memory.
 //
 // The letters are those of gsm_verifier/sharding.py. Vectors are the compilers' (GCC and Clang), so
 // that a tile of the product stays in registers; -ffast-math isn't needed, and would change the
