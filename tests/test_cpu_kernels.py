@@ -329,6 +329,66 @@ def test_rows_on_a_mesh(sizes: tuple[int, int, int], make_mesh) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+# Products
+
+needs_tiles = pytest.mark.skipif(
+    not (shutil.which("c++") and cpu_kernels.available() and cpu_kernels.loaded().has_tiles()),
+    reason="the processor has no tiles (AMX)",
+)
+PRODUCTS = [
+    ("BTD,DNH->BTNH", (2, 600, 96), (96, 5, 16)),
+    ("BTNH,NHD->BTD", (2, 600, 5, 16), (5, 16, 700)),  # several panels of columns
+    ("BTNH,DNH->BTD", (2, 600, 5, 16), (96, 5, 16)),  # m lies transposed
+    ("BTD,BTNH->DNH", (2, 600, 96), (2, 600, 5, 16)),  # x does; its inner dimension has parts
+    ("BTD,DF->BTF", (1, 1025, 34), (34, 37)),  # nothing fills a tile
+    ("BTF,DF->BTD", (1, 1025, 34), (37, 34)),
+    ("BTD,BTF->DF", (1, 1026, 33), (1, 1026, 37)),
+]
+
+
+def factors(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+
+
+@needs_tiles
+@pytest.mark.parametrize(("formula", "of_x", "of_m"), PRODUCTS, ids=str)
+def test_products_are_those_of_einsum(
+    formula: str, of_x: tuple[int, ...], of_m: tuple[int, ...]
+) -> None:
+    x, m = factors(of_x, of_m)
+    assert cpu_kernels.multiplies(formula, x, m)
+    exact = np.einsum(formula, *(np.asarray(a, np.float64) for a in (x, m)))
+    largest = np.abs(exact).max()
+    for dtype, share in (("float32", 1e-6), ("bfloat16", 2**-8)):
+        found = jax.jit(cpu_kernels.product, static_argnums=(0, 3))(formula, x, m, dtype)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=share * largest)
+
+
+@needs_tiles
+def test_a_products_rows_do_not_depend_on_those_beside_them() -> None:
+    x, m = factors((1, 1500, 96), (96, 40))
+    product = jax.jit(cpu_kernels.product, static_argnums=(0, 3))
+    whole = product("BTD,DF->BTF", x, m, "float32")
+    some = product("BTD,DF->BTF", x[:, 11:1200].at[:, 200:].set(jnp.nan), m, "float32")
+    np.testing.assert_array_equal(some[:, :200], whole[:, 11:211])
+
+
+def test_products_are_in_cpp_where_that_is_faster(make_mesh) -> None:
+    x, w = factors((2, 600, 96), (96, 40))
+    formula = "BTD,DF->BTF"
+    tiles = cpu_kernels.available() and bool(cpu_kernels.loaded().has_tiles())
+    assert cpu_kernels.multiplies(formula, x, w) == tiles
+    assert not cpu_kernels.multiplies(formula, x[:, :500], w)  # few positions
+    assert not cpu_kernels.multiplies(formula, x.astype(jnp.float32), w)
+    assert not cpu_kernels.multiplies("BTD,DV->BTV", x, w)  # the table
+    assert not cpu_kernels.multiplies(formula, x[:, :, :95], w[:95])  # an odd inner dimension
+    assert not cpu_kernels.multiplies("BTD,FD->FBT", x, w.T)  # not a product of matrices
+    with jax.set_mesh(make_mesh(2, 1, 1)):
+        assert not cpu_kernels.multiplies(formula, x, w)
+
+
 # Draws
 
 
@@ -439,9 +499,9 @@ def test_it_is_used_where_it_applies() -> None:
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    cpu_kernels.available.cache_clear()
+    cpu_kernels.loaded.cache_clear()
     yield
-    cpu_kernels.available.cache_clear()
+    cpu_kernels.loaded.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")

@@ -1,10 +1,11 @@
 // What XLA:CPU makes slow programs of. Attention that computes what is visible only, where XLA
-// multiplies with everything and masks; and draws, for which XLA runs over all logits five times.
+// multiplies with everything and masks; draws, for which XLA runs over all logits five times; and
+// products of bfloat16 by tiles (AMX), whose results XLA writes as floats before it rounds them.
 //
 // `Decode` is one step of the sampler: each slot's key and value are put into its own branch's page,
 // in place, and its query looks over its prompt, read once for all of its slots, and its branch.
 // `Whole` is rows of trees of sequences that see themselves, forwards and backwards. `Draw`
-// draws a token of each slot's logits.
+// draws a token of each slot's logits. `Product` is one of two matrices, where there are tiles.
 //
 // Attention in bfloat16 multiplies pairs of numbers where the processor can, which rounds weights,
 // and scaled queries of the sampler, to bfloat16; its instruction takes subnormal numbers for 0. Where
@@ -280,10 +281,13 @@ MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
 template <typename X, typename Rows>
 MatrixOf<X> AcrossTurned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   constexpr Size per = Factors<X>::kPer;
-  std::vector<X> some(size);
-  for (Size i = 0; i < count; i += per) {
-    Factors<X>::Across(rows(i), i + 1 < count ? rows(i + 1) : nullptr, size, some.data());
-    for (Size j = 0; j < size; ++j) to.row(j)[i / per] = some[j];
+  std::vector<X> some(kLanes * size);
+  for (Size from = 0; from < count; from += kLanes * per) {
+    const Size left = std::min(kLanes * per, count - from);
+    Across<X>([&](Size i) { return rows(from + i); }, left, size, MatrixOf<X>{some.data(), size});
+    for (Size j = 0; j < size; ++j)
+      for (Size i = 0; i < Factors<X>::Count(left); ++i)
+        to.row(j)[from / per + i] = some[i * size + j];
   }
   return to;
 }
@@ -1004,12 +1008,75 @@ void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
   while (progress->done < parts) std::this_thread::yield();
 }
 
+#ifdef TILES
+constexpr Size kPanel = 2 * kTile;  // columns
+constexpr Size kInner = 288;        // factors of a panel, which stay in the nearest cache
+constexpr Size kRows = 192;         // whose factors stay in the second one
+
+// y = x m, rounded to O. Each of x and m may lie transposed in memory. The factors of m are packed
+// first, panel by panel; those of x lie as they are needed, unless they must be transposed.
+template <typename O>
+struct Product {
+  Size rows, inner, columns;
+  bool x_turned, m_turned;  // [inner, rows] and [columns, inner]
+  const Bfloat16 *x, *m;
+  O* y;
+  Pair* room;
+
+  Size Factors() const { return (inner + 1) / 2; }
+  Size Panels() const { return (columns + kPanel - 1) / kPanel; }
+  MatrixOf<Pair> Panel(Size j) const { return {room + j * Factors() * kPanel, kPanel}; }
+  MatrixOf<Pair> X() const {
+    // Between rows no power of two, or they would compete for the same few lines of a cache.
+    if (x_turned) return {Panel(Panels()).data, (Factors() + kTile - 1) / kTile * kTile + kTile};
+    return {reinterpret_cast<Pair*>(const_cast<Bfloat16*>(x)), Factors()};
+  }
+
+  void PackColumns(Size from) const {
+    const Size some = std::min(kPanel, columns - from);
+    const MatrixOf<Pair> to = Panel(from / kPanel);
+    if (m_turned)
+      Turned<Pair>([=](Size i) { return m + (from + i) * inner; }, some, inner, to);
+    else
+      Across<Pair>([=](Size i) { return m + i * columns + from; }, inner, some, to);
+  }
+
+  void PackRows(Size from) const {
+    AcrossTurned<Pair>([=](Size i) { return x + i * rows + from; }, inner,
+                       std::min(kPanel, rows - from), {X().row(from), X().stride});
+  }
+
+  void operator()(Size from, Size count) const {
+    alignas(64) float tile[kRows * kPanel];
+    const MatrixOf<Pair> some{X().row(from), X().stride};
+    for (Size j = 0; j < columns; j += kPanel) {
+      const MatrixOf<Pair> panel = Panel(j / kPanel);
+      for (Size i = 0; i < Factors(); i += kInner)
+        MultiplyInTiles(some.from(i), {panel.row(i), kPanel}, {tile, kPanel}, count,
+                        std::min(kInner, Factors() - i), kPanel, i > 0);
+      for (Size r = 0; r < count; ++r)
+        Write(tile + r * kPanel, y + (from + r) * columns + j, std::min(kPanel, columns - j));
+    }
+  }
+
+  static void Write(const float* from, float* to, Size size) { std::copy_n(from, size, to); }
+  static void Write(const float* from, Bfloat16* to, Size size) {
+    if (size == kPanel)
+      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + kTile),
+                                                           _mm512_load_ps(from)));
+    else
+      for (Size i = 0; i < size; ++i) Put(to + i, from[i]);
+  }
+};
+#endif
+
 template <ffi::DataType type, int rank>
 using Of = ffi::Buffer<type, rank>;
 template <int rank>
 using Floats = Of<ffi::F32, rank>;
 template <int rank>
 using Int32s = Of<ffi::S32, rank>;
+using Bfloat16s = Of<ffi::BF16, 1>;
 
 template <ffi::DataType type>
 ffi::Error RunDecode(ffi::ThreadPool pool, Of<type, 5> q, Of<type, 4> k, Of<type, 4> v,
@@ -1154,6 +1221,42 @@ ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
   return ffi::Error::Success();
 }
 
+#ifdef TILES
+template <typename O>
+void Run(ffi::ThreadPool pool, const Product<O> product) {
+  const Size packs = product.x_turned ? product.rows : 0;
+  Share(pool, product.Panels() + (packs + kPanel - 1) / kPanel, 1, [=](Size i, Size) {
+    if (i < product.Panels())
+      product.PackColumns(i * kPanel);
+    else
+      product.PackRows((i - product.Panels()) * kPanel);
+  });
+  // As many parts for each thread, of whole tiles.
+  const Size threads = std::max<Size>(pool.num_threads(), 1), most = threads * kRows;
+  const Size parts = (product.rows + most - 1) / most * threads;
+  const Size rows = (product.rows + parts * kTile - 1) / (parts * kTile) * kTile;
+  Share(pool, (product.rows + rows - 1) / rows, 1, [=](Size i, Size) {
+    product(i * rows, std::min(rows, product.rows - i * rows));
+  });
+}
+
+ffi::Error RunProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer m,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bfloat16s> room,
+                      int64_t inner, int64_t columns, bool x_turned, bool m_turned, int64_t) {
+  const auto run = [&](auto* out) {
+    const auto numbers = [](ffi::AnyBuffer of) { return static_cast<Bfloat16*>(of.untyped_data()); };
+    Run(pool, Product<std::remove_pointer_t<decltype(out)>>{
+                  Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, numbers(x),
+                  numbers(m), out, reinterpret_cast<Pair*>(room->typed_data())});
+  };
+  if (y->element_type() == ffi::F32)
+    run(y->typed_data<float>());
+  else
+    run(static_cast<Bfloat16*>(y->untyped_data()));
+  return ffi::Error::Success();
+}
+#endif
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_float32, RunDraw,
@@ -1173,3 +1276,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_float32, RunDraw,
   XLA_FFI_DEFINE_HANDLER_SYMBOL(backwards_##NAME, RunBackwards<TYPE>, BackwardsBinding<TYPE>())
 HANDLERS(float32, ffi::F32);
 HANDLERS(bfloat16, ffi::BF16);
+
+extern "C" bool has_tiles() {
+#ifdef TILES
+  return HasTiles();
+#else
+  return false;
+#endif
+}
+
+#ifdef TILES
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, RunProduct,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // m
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Ret<Bfloat16s>()       // room for what is packed
+                                  .Attr<int64_t>("inner")
+                                  .Attr<int64_t>("columns")
+                                  .Attr<bool>("x_turned")
+                                  .Attr<bool>("m_turned")
+                                  .Attr<int64_t>("flops"));
+#endif

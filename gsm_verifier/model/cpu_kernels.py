@@ -47,13 +47,15 @@ right sides; by pairs without tiles that takes as long as before, by floats up t
 import ctypes
 import functools
 import hashlib
+import math
 import os
+import re
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +100,15 @@ def library() -> Path:
 
 
 @functools.cache
-def available() -> bool:
-    """Is the kernel there? Asked for the first time, it is compiled and made known to XLA.
+def loaded() -> ctypes.CDLL | None:
+    """The kernel. Asked for the first time, it is compiled and made known to XLA.
 
-    If it can't be, a warning says why.
+    If it can't be, there is none, and a warning says why.
     """
     try:
         compiled = ctypes.CDLL(str(library()))
         names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES] + ["draw_float32"]
+        names += ["product_bfloat16"] if compiled.has_tiles() else []
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
@@ -116,10 +119,15 @@ def available() -> bool:
             f"which can't be compiled (by c++, or what CXX names) or loaded: {reason}",
             stacklevel=1,
         )
-        return False
+        return None
     for name, handler in handlers.items():
         jax.ffi.register_ffi_target(f"{TARGET}_{name}", handler, platform="cpu")
-    return True
+    return compiled
+
+
+def available() -> bool:
+    """Is the kernel there?"""
+    return loaded() is not None
 
 
 Q, KV = "BTKGH", "BTKH"  # the dimensions of queries, and of keys and values
@@ -127,6 +135,7 @@ SEEN = ("BT", "BT", "")  # of the ends and places of positions, and of the windo
 TOTAL = "BTKG"  # of the logarithm of the sum of a query's weights
 PROMPTS, PAGES = "UPKSH", "UZKWH"  # keys and values of prompts, and of pages of branches
 NEW = ("UTKGH", "UTKH", "UTKH")  # queries, keys and values of slots
+PACKED = "S"  # of what a product packs: a letter that no mesh cuts
 SLOTS = ("UP", "UT", "UT", "UTJ")  # lengths of prompts; of slots the prompt, age and pages
 
 
@@ -286,3 +295,79 @@ def draw(logits_UCV: jax.Array, uniform_UC: jax.Array, temperature: float, text_
         coldness=np.float32(1 / temperature if temperature else 0),
         text_size=np.int64(text_size),
     )
+
+
+LEAST = 1024  # positions, of fewer XLA's products are as fast
+PANEL = 32  # columns, or numbers of an inner dimension, that are packed together
+
+
+class _Matrices(NamedTuple):
+    """Sizes of a product [rows, inner] by [inner, columns], and which factor lies transposed."""
+
+    rows: int
+    inner: int
+    columns: int
+    x_turned: bool
+    m_turned: bool
+
+    @property
+    def room(self) -> int:
+        """For how many numbers there must be room: panels of m, and x if it must be transposed."""
+        columns, inner = (-(-size // PANEL) * PANEL for size in (self.columns, self.inner))
+        return columns * self.inner + self.x_turned * self.rows * (inner + PANEL)
+
+
+def _matrices(formula: str, x: jax.Array, m: jax.Array) -> _Matrices | None:
+    """What a formula of einsum multiplies, if that is two matrices, as they lie or transposed."""
+    of_x, of_m, of_y = re.split(",|->", formula)
+    rows, columns = ("".join(a for a in letters if a in of_y) for letters in (of_x, of_m))
+    inner = "".join(a for a in of_x if a not in of_y)
+    x_turned, m_turned = not of_x.endswith(inner), of_m.endswith(inner)
+    lying = (
+        inner + rows if x_turned else rows + inner,
+        columns + inner if m_turned else inner + columns,
+    )
+    if (*lying, rows + columns) != (of_x, of_m, of_y):
+        return None
+    sizes = dict(zip(of_x + of_m, x.shape + m.shape, strict=True))
+    size = (math.prod(sizes[a] for a in letters) for letters in (rows, inner, columns))
+    return _Matrices(*size, x_turned, m_turned)
+
+
+def multiplies(formula: str, x: jax.Array, m: jax.Array) -> bool:
+    """Is `product` faster than XLA? Of enough positions, on one device that has tiles.
+
+    The vocabulary's table isn't worth to be packed for as few positions as have logits at a time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    positions = math.prod(n for a, n in zip(formula, x.shape, strict=False) if a in "BT")
+    if x.dtype != jnp.bfloat16 or positions < LEAST or "V" in formula or mesh.size > 1:
+        return False
+    found = _matrices(formula, x, m)
+    return bool(found and found.inner % 2 == 0 and available() and loaded().has_tiles())
+
+
+def product(formula: str, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
+    """einsum(formula, x, m) of bfloat16, accumulated in float32, rounded to a dtype of `DTYPES`.
+
+    Args:
+      formula: of two matrices, whose rows, columns and inner dimensions may be several letters;
+        `multiplies` must say yes to it.
+    """
+    of_x, of_m, of_y = re.split(",|->", formula)
+    sizes = dict(zip(of_x + of_m, x.shape + m.shape, strict=True))
+    matrices = _matrices(formula, x, m)
+    like = jax.ShapeDtypeStruct([sizes[a] for a in of_y], dtype)
+    room = jax.ShapeDtypeStruct((matrices.room,), x.dtype)
+    rows, *words = matrices
+    return _call(
+        "product",
+        (of_x, of_m),
+        (of_y, PACKED),
+        lambda *_: (like, room),
+        lambda *_: 2 * rows * matrices.inner * matrices.columns,
+        x,
+        m,
+        dtype=x.dtype,
+        **dict(zip(matrices._fields[1:], words, strict=True)),
+    )[0]

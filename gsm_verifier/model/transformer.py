@@ -21,7 +21,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from gsm_verifier import sharding
-from gsm_verifier.model.attention import HIDDEN, Look, Packed
+from gsm_verifier.model import cpu_kernels
+from gsm_verifier.model.attention import HIDDEN, Look, Packed, by_kernel
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.sharding import constrain, tree_shardings
 
@@ -54,8 +55,8 @@ def lies_transposed(x: jax.Array) -> bool:
     return sharding.platform() == "cpu" and x.dtype == jnp.bfloat16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(formula: str, narrow: bool, x: jax.Array, w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(formula: str, narrow: bool, kernel: bool, x: jax.Array, w: jax.Array) -> jax.Array:
     """x @ w in x's dtype, accumulated in float32; so are the two products of its gradient.
 
     JAX's own gradient multiplies a float32 cotangent with x and w as they are, which XLA:CPU does
@@ -64,42 +65,52 @@ def _product(formula: str, narrow: bool, x: jax.Array, w: jax.Array) -> jax.Arra
     Args:
       narrow: the result may be rounded to x's dtype. Accelerators do that at once, before a bias is
         added and before devices add up their parts of it, which so send half as much: with bfloat16
-        one rounding more than on one device. CPUs leave it to the caller, which is faster.
+        one rounding more than on one device. So does the kernel. XLA:CPU leaves it to the caller,
+        which is faster.
+      kernel: may it be computed in C++, where that is faster?
     """
+    w = w.astype(x.dtype)
+    if kernel and cpu_kernels.multiplies(formula, x, w):
+        return cpu_kernels.product(formula, x, w, x.dtype if narrow else jnp.float32)
     narrow = narrow and sharding.platform() != "cpu"
     dtype = x.dtype if narrow else jnp.float32
     # einsum contracts letters in the order of the alphabet. Where that isn't theirs in x, XLA:CPU
     # transposes x and w: they get names in the order of x.
     letters = dict.fromkeys(filter(str.isalpha, formula))
     formula = formula.translate(str.maketrans(dict(zip(letters, ascii_lowercase, strict=False))))
-    return jnp.einsum(formula, x, w.astype(x.dtype), preferred_element_type=dtype)
+    return jnp.einsum(formula, x, w, preferred_element_type=dtype)
 
 
-def _product_forward(formula: str, narrow: bool, x: Any, w: Any) -> tuple[jax.Array, Any]:
-    return _product(formula, narrow, x, w), (x, w)
+def _product_forward(
+    formula: str, narrow: bool, kernel: bool, x: Any, w: Any
+) -> tuple[jax.Array, Any]:
+    return _product(formula, narrow, kernel, x, w), (x, w)
 
 
-def _product_backward(formula: str, narrow: bool, kept: Any, g: Any) -> tuple[Any, Any]:
+def _product_backward(formula: str, narrow: bool, kernel: bool, kept: Any, g: Any) -> Any:
     x, w = kept
     of_x, of_w, of_y = re.split(",|->", formula)
     g = g.astype(x.dtype)
-    dx = _product(f"{of_y},{of_w}->{of_x}", True, g, w)
-    if lies_transposed(x):
+    dx = _product(f"{of_y},{of_w}->{of_x}", True, kernel, g, w)
+    in_cpp = kernel and cpu_kernels.multiplies(f"{of_x},{of_y}->{of_w}", x, g)
+    if lies_transposed(x) and not in_cpp:
         # The barrier keeps XLA from undoing it, if the rows have two axes at least.
         x, g, of_x, of_y = x[None], g[None], "Z" + of_x, "Z" + of_y
         rows = "".join(letter for letter in of_x if letter not in of_w)
         lying = "".join(letter for letter in of_x if letter in of_w) + rows
         x, of_x = jax.lax.optimization_barrier(jnp.einsum(f"{of_x}->{lying}", x)), lying
-    dw = _product(f"{of_x},{of_y}->{of_w}", False, x, g)
+    dw = _product(f"{of_x},{of_y}->{of_w}", False, kernel, x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _project(formula: str, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _project(
+    config: ModelConfig, formula: str, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> jax.Array:
     """x @ w accumulated in float32 on each device (on CPU the faster way too), in x's dtype."""
-    y = _product(formula, True, x, w)
+    y = _product(formula, True, by_kernel(config.attention, cap=0), x, w)
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
@@ -207,7 +218,7 @@ class Attention(nn.Module):
                 else None
             )
             return constrain(
-                _project(f"BTD,D{letter}H->BT{letter}H", x_BTD, w, bias), f"BT{letter}H"
+                _project(c, f"BTD,D{letter}H->BT{letter}H", x_BTD, w, bias), f"BT{letter}H"
             )
 
         q_BTNH = heads("q", "N", c.heads)
@@ -232,7 +243,7 @@ class Attention(nn.Module):
             (c.heads, c.head_size, c.width),
         )
         bo_D = self.param("bo_D", _constant("D", 0.0), (c.width,)) if c.biases else None
-        return constrain(_project("BTNH,NHD->BTD", out_BTNH, wo_NHD, bo_D), "BTD"), cache
+        return constrain(_project(c, "BTNH,NHD->BTD", out_BTNH, wo_NHD, bo_D), "BTD"), cache
 
 
 def _unrolled(config: ModelConfig) -> bool:
@@ -257,7 +268,7 @@ class Mlp(nn.Module):
             bias = (
                 self.param(f"b_{name}_F", _constant("F", 0.0), (c.mlp_width,)) if c.biases else None
             )
-            return constrain(_project("BTD,DF->BTF", x_BTD, w, bias), "BTF")
+            return constrain(_project(c, "BTD,DF->BTF", x_BTD, w, bias), "BTF")
 
         # In float32: XLA:CPU takes twice the time to round each step. For the gradient only what it
         # is computed from is kept, in the narrow dtype.
@@ -273,7 +284,7 @@ class Mlp(nn.Module):
             "w_out_FD", _normal("FD", c.init_scale * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
         )
         b_D = self.param("b_out_D", _constant("D", 0.0), (c.width,)) if c.biases else None
-        return constrain(_project("BTF,FD->BTD", h_BTF, w_FD, b_D), "BTD")
+        return constrain(_project(c, "BTF,FD->BTD", h_BTF, w_FD, b_D), "BTD")
 
 
 def drop(y_BTD: jax.Array, rate: float, key_B: jax.Array | None, sublayer: int) -> jax.Array:
@@ -363,7 +374,7 @@ def logits(
         those of all other weights, where the table's own is g.T @ x, of a [B, V] to transpose.
     """
     rows_BD = hidden.reshape(-1, hidden.shape[-1])
-    found = _capped(config, _product(f"BD,{letters}->BV", False, rows_BD, table))
+    found = _capped(config, _product(f"BD,{letters}->BV", False, False, rows_BD, table))
     found = found.reshape(*hidden.shape[:-1], -1)
     return found if all_ids else text_only(config, found)
 
