@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from gsm_verifier import sharding
 from gsm_verifier.data.packing import FIELDS, Branch, Tree
-from gsm_verifier.model import transformer
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import (
     HIDDEN,
     LEAST_BLOCK,
@@ -585,14 +585,14 @@ def test_bfloat16_computes_nearly_the_same_with_float32_parameters(family: str) 
     assert 1e-4 < error < 0.03  # it really was bfloat16, and near
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("platform", "kernel"), [("cpu", False), ("cpu", True), ("tpu", False)])
 @pytest.mark.parametrize("formula", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "...D,VD->...V"])
 def test_the_gradient_of_a_product_is_that_of_the_einsum(
-    formula: str, platform: str, monkeypatch: pytest.MonkeyPatch
+    formula: str, platform: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also as accelerators compute it, where one that will be rounded is rounded at once."""
+    """Also as accelerators and the kernel compute it, where one that will be rounded is at once."""
     monkeypatch.setattr(transformer.sharding, "platform", lambda: platform)
-    sizes = dict(B=2, T=3, D=4, N=5, H=6, V=7)
+    sizes = dict(B=2, T=cpu_kernels.LEAST if kernel else 3, D=4, N=5, H=6, V=7)
     shapes = [
         [sizes[letter] for letter in part.replace("...", "BT")]
         for part in formula.split("->")[0].split(",")
@@ -603,10 +603,11 @@ def test_the_gradient_of_a_product_is_that_of_the_einsum(
         x_rounded = x.astype(dtype)
         return jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x_rounded, w)
 
-    narrow = platform == "tpu"
-    ours = functools.partial(transformer._product, formula, narrow)
+    narrow = platform == "tpu" or kernel
+    in_cpp = kernel and cpu_kernels.multiplies(formula, x.astype("bfloat16"), w)
+    ours = functools.partial(transformer._product, formula, narrow, kernel)
     rounded = ours(x.astype("bfloat16"), w).dtype
-    assert rounded == ("bfloat16" if narrow else "float32")
+    assert rounded == ("bfloat16" if platform == "tpu" or in_cpp else "float32")
     expected = gradient(functools.partial(jnp.einsum, formula), "float32")
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):
         found = gradient(ours, dtype)
