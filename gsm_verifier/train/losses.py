@@ -40,15 +40,23 @@ def _total(
 ) -> jax.Array:
     """The sum of loss(table, *piece) over the first axis of the arrays in `pieces`.
 
+    The last array is the weights; a piece that has none isn't computed.
+
     Its gradient by the table and by the first array is computed with it: the logits, which are a
     piece's at a time, would otherwise have to be computed again in the backward pass, a quarter of
     the products with the table. By the other arrays it has none.
     """
 
     def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
-        return total + loss(table, *piece), None
+        weighs, *piece = piece
+        return total + jax.lax.cond(weighs, lambda: loss(table, *piece), lambda: 0.0), None
 
-    return jax.lax.scan(add, jnp.zeros(()), pieces)[0]
+    return jax.lax.scan(add, jnp.zeros(()), (_weigh(pieces), *pieces))[0]
+
+
+def _weigh(pieces: Any) -> jax.Array:
+    """Which pieces have a weight, in any of their rows."""
+    return (pieces[-1] != 0).any(range(1, pieces[-1].ndim))
 
 
 def _total_forward(loss: Any, letters: str, table: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
@@ -61,13 +69,18 @@ def _total_forward(loss: Any, letters: str, table: jax.Array, pieces: Any) -> tu
         return constrain(x.reshape(n, B // n, *x.shape[1:]), ("B", *[None] * x.ndim))
 
     def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
-        each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (None, 0, 0, 0))
-        value, (d_table, d_hidden) = each(table, *map(by_device, piece))
-        return jax.tree.map(jnp.add, carry, (value, d_table)), d_hidden.reshape(piece[0].shape)
+        weighs, *piece = piece
+
+        def added() -> tuple[Any, jax.Array]:
+            each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (None, 0, 0, 0))
+            value, (d_table, d_hidden) = each(table, *map(by_device, piece))
+            return jax.tree.map(jnp.add, carry, (value, d_table)), d_hidden.reshape(piece[0].shape)
+
+        return jax.lax.cond(weighs, added, lambda: (carry, jnp.zeros_like(piece[0])))
 
     own = ("B", *(letter if letter == "V" else None for letter in letters))
     zero = constrain(jnp.zeros((n, *table.shape), table.dtype), own)
-    (total, d_table), d_hidden = jax.lax.scan(add, (jnp.zeros(n), zero), pieces)
+    (total, d_table), d_hidden = jax.lax.scan(add, (jnp.zeros(n), zero), (_weigh(pieces), *pieces))
     return total.sum(), (constrain(d_table.sum(0), letters), d_hidden)
 
 
@@ -82,7 +95,11 @@ _total.defvjp(_total_forward, _total_backward)
 def cross_entropy_sum(
     config: ModelConfig, params: Params, hidden_BTD: jax.Array, batch: Batch, chunk: int
 ) -> jax.Array:
-    """Weighted cross-entropy summed over the batch, of `chunk` positions of each row at a time."""
+    """Weighted cross-entropy summed over the batch, of `chunk` positions of each row at a time.
+
+    Those without a weight, which are most where a verifier is trained, come last in their rows, and
+    no logits are computed where nothing else is left.
+    """
     T = hidden_BTD.shape[1]
     # Else each chunk's gradient by the logits would be transposed for that by the table.
     letters = "DV" if transformer.lies_transposed(hidden_BTD) else "VD"
@@ -97,7 +114,10 @@ def cross_entropy_sum(
     def pieces(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    arrays = (hidden_BTD, batch.targets_BT, batch.lm_weight_BT)
+    order_BT = jnp.argsort(batch.lm_weight_BT == 0, axis=1, stable=True)
+    ordered_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], 1)
+    others = (batch.targets_BT, batch.lm_weight_BT)
+    arrays = (ordered_BTD, *(jnp.take_along_axis(x, order_BT, 1) for x in others))
     table_VD = params["params"][transformer.table(config)]
     table = jnp.einsum(f"VD->{letters}", table_VD)
     return _total(loss, letters, table, tuple(map(pieces, arrays)))
