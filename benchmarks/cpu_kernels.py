@@ -1,11 +1,12 @@
-"""What is in C++ on CPU beside what JAX makes of it: attention, for one layer, and draws.
+"""What is in C++ on CPU beside what JAX makes of it: a layer's attention, draws and products.
 
     python -m benchmarks.cpu_kernels
 
-Prints one JSON line: of a step of the sampler, of whole rows without and with their gradient, and
-of the draws of all slots, the median milliseconds a call of each way, by the clock and of the
-processors. The caches of several layers take turns, as in a model: none stays in the cache of the
-processor.
+Prints one JSON line: of a step of the sampler, of whole rows without and with their gradient, of
+the draws of all slots, and in bfloat16 on a processor with tiles (AMX) of a feed-forward layer's
+first product without and with its gradient, the median milliseconds a call of each way, by the
+clock and of the processors. The caches of several layers take turns, as in a model: none stays in
+the cache of the processor.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_verifier.config import default
-from gsm_verifier.model import cpu_kernels
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import BranchCache, Branches, Look, by_rows
 from gsm_verifier.plan import model_of
 from gsm_verifier.sample import decode
@@ -34,6 +35,7 @@ OLDEST = 120  # ages are spread evenly from 0 to it
 LAYERS = 4
 B, T, PROBLEM = 2, 1024, 190  # of whole rows: packed problems of so many positions
 TEXT = 49152  # ids of text
+D, F = K * G * H, 2 * 1536  # of products: gate and in
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -100,6 +102,23 @@ def draws(normal: Callable[..., jax.Array]) -> Calls:
     return {"kernel": calls("auto"), "jax": calls("jax")}
 
 
+def products(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
+    """Of whole rows with weights."""
+    x_BTD, w_DF = normal(B, T, D), normal(D, F)
+
+    def calls(kernel: bool) -> Callable[[], Any]:
+        def out(x: jax.Array, w: jax.Array) -> jax.Array:
+            return transformer._product("BTD,DF->BTF", True, kernel, x, w).astype(x.dtype)
+
+        def both(x: jax.Array, w: jax.Array) -> Any:
+            found, back = jax.vjp(out, x, w)
+            return found, back(found)
+
+        return functools.partial(jax.jit(both if gradient else out), x_BTD, w_DF)
+
+    return {"kernel": calls(True), "jax": calls(False)}
+
+
 def measure(ways: Calls, rounds: int, calls: int) -> dict[str, dict[str, float]]:
     """The ways in turns."""
     clock: dict[str, list[float]] = {name: [] for name in ways}
@@ -142,6 +161,9 @@ def main() -> None:
         "rows_with_gradient": rows(normal, gradient=True),
         "draws": draws(normal),
     }
+    if options.dtype == "bfloat16" and cpu_kernels.loaded().has_tiles():
+        works["products"] = products(normal, gradient=False)
+        works["products_with_gradient"] = products(normal, gradient=True)
     told = {name: measure(ways, options.rounds, options.calls) for name, ways in works.items()}
     print(json.dumps({"dtype": options.dtype} | told))
 

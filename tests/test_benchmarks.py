@@ -215,11 +215,15 @@ def test_slots(folders: list[str]) -> None:
 
 
 @pytest.mark.skipif(not cpu_kernels.available(), reason="no compiler")
-def test_kernels() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels(dtype: str) -> None:
     command = [sys.executable, "-m", "benchmarks.cpu_kernels", "--rounds", "1", "--calls", "1"]
+    command += ["--dtype", dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found.pop("dtype") == "float32"
+    assert found.pop("dtype") == dtype
+    tiles = dtype == "bfloat16" and cpu_kernels.loaded().has_tiles()
+    assert ("products" in found) == tiles
     for work in found.values():
         assert set(work) == {"kernel", "jax"}
         assert all(one["ms"] > 0 for one in work.values())

@@ -1,4 +1,4 @@
-"""Attention and draws on CPU in C++ (cpu_kernels.cc), where a C++ compiler is at hand.
+"""Attention, draws and some products on CPU in C++ (cpu_kernels.cc), where there is a compiler.
 
 It is compiled at first use, in 15 seconds, into the user's cache folder. At installation,
 pip's isolated build would have to download a second jaxlib for its headers, and who installs may
@@ -42,6 +42,14 @@ take 13 to 19, and 25 to 33 for 48 to 60 with its gradient (medians of three tur
 rows of 1,024 positions, problems of 190, 7.5 to 8.3 for 20 to 23 with it. The gradients of keys and
 values are computed transposed for it, [H, T], so that the weights, as they lie, are the tiles'
 right sides; by pairs without tiles that takes as long as before, by floats up to a tenth longer.
+
+Why products of many positions are fast in tiles: XLA writes floats, 41 MB of 3,328 positions and
+gate and in, and rounds them after, where a block of them is rounded here as it leaves the nearest
+cache. What of the right side 32 columns need lies together, 288 pairs deep at a time so that it
+stays there, while 192 rows of the left stay in the second cache. In one run, medians of 25 calls in
+turns, the four products of a layer of 3,328 positions took 17.2 ms, the gradients of the left sides
+15.2, of the weights 24.4; torch's 18.2, 17.9 and 28.8, in other runs up to a third less. Weights are
+packed anew for each product: of few positions that isn't worth it.
 """
 
 import ctypes
