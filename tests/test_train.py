@@ -314,6 +314,26 @@ def test_chunked_cross_entropy_is_plain_cross_entropy(length: int, chunk: int) -
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, expected)
 
 
+def test_no_logits_are_computed_where_there_is_no_loss() -> None:
+    """Or what isn't a number there would be in the loss and the table's gradient, times 0."""
+    config, rng = make_config(), np.random.default_rng(0)
+    fields = {name: np.zeros((3, 24), dtype) for name, dtype in FIELDS.items()}
+    fields["targets"] = rng.integers(0, 100, (3, 24))
+    fields["lm_weight"] = rng.permuted(np.tile(np.arange(24.0) < 8, (3, 1)), axis=1)
+    weighs_BT, batch = fields["lm_weight"] > 0, Batch.of(fields)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def both(params: Params, hidden: jax.Array) -> jax.Array:
+        return losses.cross_entropy_sum(config, params, hidden, batch, 8)
+
+    hidden = rng.normal(size=(3, 24, 32)).astype(np.float32)
+    unknown = np.where(weighs_BT[..., None], hidden, np.nan)
+    expected, found = (both(make_params(config), x) for x in (hidden, unknown))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.array_equal(np.any(found[1][1] != 0, -1), weighs_BT)
+
+
 def factors(program: str) -> list[str]:
     """The dtypes of both sides of each product of two matrices in a compiled program."""
     found, dtypes = [], {}

@@ -48,8 +48,8 @@ gate and in, and rounds them after, where a block of them is rounded here as it 
 cache. What of the right side 32 columns need lies together, 288 pairs deep at a time so that it
 stays there, while 192 rows of the left stay in the second cache. In one run, medians of 25 calls in
 turns, the four products of a layer of 3,328 positions took 17.2 ms, the gradients of the left sides
-15.2, of the weights 24.4; torch's 18.2, 17.9 and 28.8, in other runs up to a third less. Weights are
-packed anew for each product: of few positions that isn't worth it.
+15.2, of the weights 24.4; torch's 18.2, 17.9 and 28.8. Weights are packed anew for each product: of
+few positions that isn't worth it.
 """
 
 import ctypes
