@@ -161,7 +161,7 @@ def main() -> None:
         "rows_with_gradient": rows(normal, gradient=True),
         "draws": draws(normal),
     }
-    if options.dtype == "bfloat16" and cpu_kernels.loaded().has_tiles():
+    if options.dtype == "bfloat16" and cpu_kernels.has_tiles():
         works["products"] = products(normal, gradient=False)
         works["products_with_gradient"] = products(normal, gradient=True)
     told = {name: measure(ways, options.rounds, options.calls) for name, ways in works.items()}

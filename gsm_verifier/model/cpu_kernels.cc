@@ -1023,13 +1023,13 @@ struct Product {
   O* y;
   Pair* room;
 
-  Size Factors() const { return (inner + 1) / 2; }
+  Size Inner() const { return Factors<Pair>::Count(inner); }
   Size Panels() const { return (columns + kPanel - 1) / kPanel; }
-  MatrixOf<Pair> Panel(Size j) const { return {room + j * Factors() * kPanel, kPanel}; }
+  MatrixOf<Pair> Panel(Size j) const { return {room + j * Inner() * kPanel, kPanel}; }
   MatrixOf<Pair> X() const {
     // Between rows no power of two, or they would compete for the same few lines of a cache.
-    if (x_turned) return {Panel(Panels()).data, (Factors() + kTile - 1) / kTile * kTile + kTile};
-    return {reinterpret_cast<Pair*>(const_cast<Bfloat16*>(x)), Factors()};
+    if (x_turned) return {Panel(Panels()).data, Padded(Inner()) + kTile};
+    return {reinterpret_cast<Pair*>(const_cast<Bfloat16*>(x)), Inner()};
   }
 
   void PackColumns(Size from) const {
@@ -1051,9 +1051,9 @@ struct Product {
     const MatrixOf<Pair> some{X().row(from), X().stride};
     for (Size j = 0; j < columns; j += kPanel) {
       const MatrixOf<Pair> panel = Panel(j / kPanel);
-      for (Size i = 0; i < Factors(); i += kInner)
+      for (Size i = 0; i < Inner(); i += kInner)
         MultiplyInTiles(some.from(i), {panel.row(i), kPanel}, {tile, kPanel}, count,
-                        std::min(kInner, Factors() - i), kPanel, i > 0);
+                        std::min(kInner, Inner() - i), kPanel, i > 0);
       for (Size r = 0; r < count; ++r)
         Write(tile + r * kPanel, y + (from + r) * columns + j, std::min(kPanel, columns - j));
     }
@@ -1277,7 +1277,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_float32, RunDraw,
 HANDLERS(float32, ffi::F32);
 HANDLERS(bfloat16, ffi::BF16);
 
-extern "C" bool has_tiles() {
+extern "C" int has_tiles() {
 #ifdef TILES
   return HasTiles();
 #else
