@@ -144,17 +144,21 @@ struct Two {
   Two operator+(Size columns) const { return {row + columns, next + columns}; }
 };
 #ifdef __AVX512BF16__
+// Numbers 0 16 1 17 ... of 32.
+__m512i Interleaved(__m512i x) {
+  const __m512i order = _mm512_add_epi32((__m512i)kLaneNumbers,
+                                         _mm512_slli_epi32((__m512i)(kLaneNumbers + 16), 16));
+  return _mm512_permutexvar_epi16(order, x);
+}
+
 template <typename T>
 auto Column(Two from) {
   if constexpr (std::is_same_v<T, float>) {
     return Pair{*from.row, *from.next};
   } else {
     const auto load = [](const Bfloat16* at) { return _mm256_loadu_si256((const __m256i*)at); };
-    const __m512i both =
-        _mm512_inserti64x4(_mm512_castsi256_si512(load(from.row)), load(from.next), 1);
-    const __m512i order = _mm512_add_epi32(  // 0 16 1 17 ...
-        (__m512i)kLaneNumbers, _mm512_slli_epi32((__m512i)(kLaneNumbers + 16), 16));
-    return Bits{(Vector)_mm512_permutexvar_epi16(order, both)};
+    return Bits{(Vector)Interleaved(
+        _mm512_inserti64x4(_mm512_castsi256_si512(load(from.row)), load(from.next), 1))};
   }
 }
 #endif
@@ -173,6 +177,28 @@ struct Factors {
   static constexpr Size kPer = std::is_same_v<X, Pair> ? 2 : 1;
 
   static Size Count(Size size) { return (size + kPer - 1) / kPer; }
+
+  // Where the inner dimension goes along a vector.
+  static void Along(Vector x, X* to) {
+#ifdef __AVX512BF16__
+    if constexpr (kPer == 2) {
+      const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+      return std::memcpy(to, &narrow, sizeof(narrow)), void();
+    }
+#endif
+    if constexpr (kPer == 1) Store(to, x);
+  }
+
+  // And where it goes across as many vectors as a factor holds numbers.
+  static void Across(const Vector* x, X* to) {
+#ifdef __AVX512BF16__
+    if constexpr (kPer == 2) {
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+      return Store(reinterpret_cast<float*>(to), (Vector)Interleaved((__m512i)both));
+    }
+#endif
+    if constexpr (kPer == 1) Store(to, *x);
+  }
 
   // Where the inner dimension goes along the numbers.
   template <typename From>
@@ -292,19 +318,13 @@ MatrixOf<X> AcrossTurned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   return to;
 }
 
-// Of a tile, [rows, columns], the factors along and across its rows; of floats it is they.
+// Of a tile, [rows, columns], the factors along its rows; of floats it is they.
 template <typename X>
 MatrixOf<X> TileAlong(Matrix tile, Size rows, Size columns, X* to) {
   if constexpr (std::is_same_v<X, float>) return tile;
   const Size stride = Factors<X>::Count(columns);
   return Along<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, stride});
 }
-template <typename X>
-MatrixOf<X> TileAcross(Matrix tile, Size rows, Size columns, X* to) {
-  if constexpr (std::is_same_v<X, float>) return tile;
-  return Across<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, columns});
-}
-
 // R rows and V vectors of columns of y = x m, or of y += x m.
 template <typename T, int R, int V, typename X, typename M>
 void Tile(X x, M m, Matrix y, Size inner, bool add) {
@@ -541,22 +561,28 @@ Vector Exp(Vector x) {
   return p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
 }
 
+float Top(Vector x) {
+  float top = x[0];
+  for (Size i = 1; i < kLanes; ++i) top = std::max(top, x[i]);
+  return top;
+}
+
 float Top(const float* row, Size size, float least) {
   Vector top = Vector{} + least;
   for (Size s = 0; s < size; s += kLanes) {
     const Vector x = Load<Vector>(row + s);
     top = x > top ? x : top;
   }
-  for (Size i = 0; i < kLanes; ++i) least = std::max(least, top[i]);
-  return least;
+  return Top(top);
 }
 
-// Logits to weights, in place; their sum.
-float Weigh(float* row, Size size, float top) {
+// Logits to weights, as factors, maybe in place; their sum.
+template <typename X>
+float Weigh(const float* row, Size size, float top, X* to) {
   Vector sum{};
   for (Size s = 0; s < size; s += kLanes) {
     const Vector weight = Exp(Load<Vector>(row + s) - top);
-    Store(row + s, weight);
+    Factors<X>::Along(weight, to + s / Factors<X>::kPer);
     sum += weight;
   }
   return Sum(sum);
@@ -689,7 +715,8 @@ struct Decode {
         Hide(shared, length, prompt);
         Hide(own.row(g), size, Padded(size));
         const float top = Top(own.row(g), Padded(size), Top(shared, prompt, kHidden));
-        *total.row(i * G + g) = Weigh(shared, prompt, top) + Weigh(own.row(g), Padded(size), top);
+        *total.row(i * G + g) =
+            Weigh(shared, prompt, top, shared) + Weigh(own.row(g), Padded(size), top, own.row(g));
       }
       Pages(u, t, k, from, age + 1, [&](Size values, Size positions, Size at) {
         Multiply(TileAlong<X>(own.from(at), G, positions, tile.data),
@@ -818,9 +845,11 @@ struct Whole {
     return columns;
   }
 
-  // q k' of the runs, and where that isn't seen, what no weight comes of.
+  // q k' of the runs, and where that isn't seen, what no weight comes of; and the highest of each
+  // query by lanes.
   void Logits(const Seen& seen, Size t, Size count, const std::vector<Run>& runs, MatrixOf<X> q,
-              MatrixOf<X> k_HT, Matrix logits) const {
+              MatrixOf<X> k_HT, Matrix logits, Vector* tops) const {
+    std::fill_n(tops, count * G, Vector{} + kHidden);
     for (const auto& [from, size, column] : runs) {
       Multiply(q, MatrixOf<X>{k_HT.data + from, k_HT.stride},
                Matrix{logits.data + column, logits.stride}, count * G, Count(H), Padded(size),
@@ -829,8 +858,11 @@ struct Whole {
         for (Size s = 0; s < size; s += kLanes) {
           const Integers visible = seen(t + i, from + s);
           for (Size g = 0; g < G; ++g) {
-            float* const logit = logits.row(i * G + g) + column + s;
-            Store(logit, visible ? scale * Load<Vector>(logit) : Vector{} + kHidden);
+            float* const at = logits.row(i * G + g) + column + s;
+            const Vector logit = visible ? scale * Load<Vector>(at) : Vector{} + kHidden;
+            Vector& top = tops[i * G + g];
+            top = logit > top ? logit : top;
+            Store(at, logit);
           }
         }
     }
@@ -849,20 +881,22 @@ struct Whole {
     const MatrixOf<X> q = factors(rows, Count(H)), tile = factors(kPer == 1 ? 0 : rows, Count(padded));
     const Matrix y = floats(rows, H), all_logits = floats(rows, padded);
     std::vector<float> totals(rows);
+    std::vector<Vector> tops(rows);
     std::vector<Run> runs;
     const Seen seen = SeenOf(b);
     for (Size t = first * kQueries; t < T; t += every * kQueries) {
       const Size count = std::min(kQueries, T - t), columns = Runs(seen, t, count, runs);
       const Matrix logits{all_logits.data, columns};
       Along<X>(Queries(q_BTKGH, b, k, t), count * G, H, q);
-      Logits(seen, t, count, runs, q, k_HT, logits);
+      MatrixOf<X> weights{tile.data, Count(columns)};
+      if constexpr (kPer == 1) weights = logits;
+      Logits(seen, t, count, runs, q, k_HT, logits, tops.data());
       std::fill_n(y.data, count * G * H, 0.0f);
       for (Size row = 0; row < count * G; ++row) {
-        const float top = Top(logits.row(row), columns, kHidden);
-        totals[row] = Weigh(logits.row(row), columns, top);
+        const float top = Top(tops[row]);
+        totals[row] = Weigh(logits.row(row), columns, top, weights.row(row));
         log_total_BTKG[Place(b, t + row / G, k) * G + row % G] = top + std::log(totals[row]);
       }
-      const MatrixOf<X> weights = TileAlong<X>(logits, count * G, columns, tile.data);
       for (const auto& [from, size, column] : runs)
         Multiply(MatrixOf<X>{weights.data + column / kPer, weights.stride},
                  MatrixOf<X>{v_TH.row(from / kPer), H}, y, count * G, Count(size), H, true);
@@ -887,6 +921,7 @@ struct Whole {
     X *const tile_along = tile(), *const tile_across = tile(), *const tile_weights = tile();
     const Matrix d_k_HT = floats(H, Stride()), d_v_HT = floats(H, Stride()), d_q = floats(rows, H);
     const Matrix all_weights = floats(rows, padded), all_d_logits = floats(rows, padded);
+    std::vector<Vector> tops(rows);
     std::vector<Run> runs;
     const Seen seen = SeenOf(b);
     for (Size t = 0; t < T; t += kQueries) {
@@ -899,21 +934,32 @@ struct Whole {
       Along<X>(d_outs, used, H, d_out);
       AcrossTurned<X>(queries, used, H, q_turned);
       AcrossTurned<X>(d_outs, used, H, d_out_turned);
-      Logits(seen, t, count, runs, q, k_HT, weights);
+      Logits(seen, t, count, runs, q, k_HT, weights, tops.data());
       for (const auto& [from, size, column] : runs)
         Multiply(d_out, MatrixOf<X>{v_HT.data + from, v_HT.stride},
                  Matrix{d_logits.data + column, columns}, used, Count(H), Padded(size), false);
-      for (Size row = 0; row < used; ++row) {
-        Weigh(weights.row(row), columns, log_total_BTKG[Place(b, t + row / G, k) * G + row % G]);
-        const float mean = Dot(outs(row), d_outs(row), H);  // of the weights' gradients, by the weights
+      MatrixOf<X> d_along{tile_along, Count(columns)}, d_across{tile_across, columns};
+      MatrixOf<X> weights_across{tile_weights, columns};
+      if constexpr (kPer == 1) d_along = d_across = d_logits, weights_across = weights;
+      for (Size row = 0; row < used; row += kPer) {
+        const Size few = std::min(kPer, used - row);
+        float log_total[kPer], mean[kPer];  // of the weights' gradients, by the weights
+        for (Size i = 0; i < few; ++i) {
+          log_total[i] = log_total_BTKG[Place(b, t + (row + i) / G, k) * G + (row + i) % G];
+          mean[i] = Dot(outs(row + i), d_outs(row + i), H);
+        }
         for (Size s = 0; s < columns; s += kLanes) {
-          float* const d_logit = d_logits.row(row) + s;
-          Store(d_logit, scale * Load<Vector>(weights.row(row) + s) * (Load<Vector>(d_logit) - mean));
+          Vector weight[kPer]{}, d_logit[kPer]{};
+          for (Size i = 0; i < few; ++i) {
+            weight[i] = Exp(Load<Vector>(weights.row(row + i) + s) - log_total[i]);
+            const Vector d_weight = Load<Vector>(d_logits.row(row + i) + s) - mean[i];
+            d_logit[i] = scale * weight[i] * d_weight;
+            Factors<X>::Along(d_logit[i], d_along.row(row + i) + s / kPer);
+          }
+          Factors<X>::Across(d_logit, d_across.row(row / kPer) + s);
+          Factors<X>::Across(weight, weights_across.row(row / kPer) + s);
         }
       }
-      const MatrixOf<X> d_along = TileAlong<X>(d_logits, used, columns, tile_along);
-      const MatrixOf<X> d_across = TileAcross<X>(d_logits, used, columns, tile_across);
-      const MatrixOf<X> weights_across = TileAcross<X>(weights, used, columns, tile_weights);
       std::fill_n(d_q.data, used * H, 0.0f);
       for (const Run& run : runs) {
         Multiply(MatrixOf<X>{d_along.data + run.column / kPer, d_along.stride},
@@ -1015,16 +1061,22 @@ constexpr Size kRows = 192;         // whose factors stay in the second one
 
 // y = x m, rounded to O. Each of x and m may lie transposed in memory. The factors of m are packed
 // first, panel by panel; those of x lie as they are needed, unless they must be transposed.
-template <typename O>
+//
+// Of two m's, N, panels take turns, and y is what the first product lets through of the second: both
+// are rounded to O, and written too where there is somewhere to.
+template <typename O, int N = 1>
 struct Product {
   Size rows, inner, columns;
   bool x_turned, m_turned;  // [inner, rows] and [columns, inner]
-  const Bfloat16 *x, *m;
+  const Bfloat16* x;
+  std::array<const Bfloat16*, N> m;
   O* y;
   Pair* room;
+  std::array<O*, N> factors{};
+  bool gelu = false;
 
   Size Inner() const { return Factors<Pair>::Count(inner); }
-  Size Panels() const { return (columns + kPanel - 1) / kPanel; }
+  Size Panels() const { return (columns + kPanel - 1) / kPanel * N; }
   MatrixOf<Pair> Panel(Size j) const { return {room + j * Inner() * kPanel, kPanel}; }
   MatrixOf<Pair> X() const {
     // Between rows no power of two, or they would compete for the same few lines of a cache.
@@ -1032,13 +1084,14 @@ struct Product {
     return {reinterpret_cast<Pair*>(const_cast<Bfloat16*>(x)), Inner()};
   }
 
-  void PackColumns(Size from) const {
-    const Size some = std::min(kPanel, columns - from);
-    const MatrixOf<Pair> to = Panel(from / kPanel);
+  void PackPanel(Size panel) const {
+    const Bfloat16* const of = m[panel % N];
+    const Size from = panel / N * kPanel, some = std::min(kPanel, columns - from);
+    const MatrixOf<Pair> to = Panel(panel);
     if (m_turned)
-      Turned<Pair>([=](Size i) { return m + (from + i) * inner; }, some, inner, to);
+      Turned<Pair>([=](Size i) { return of + (from + i) * inner; }, some, inner, to);
     else
-      Across<Pair>([=](Size i) { return m + i * columns + from; }, inner, some, to);
+      Across<Pair>([=](Size i) { return of + i * columns + from; }, inner, some, to);
   }
 
   void PackRows(Size from) const {
@@ -1047,15 +1100,23 @@ struct Product {
   }
 
   void operator()(Size from, Size count) const {
-    alignas(64) float tile[kRows * kPanel];
+    alignas(64) float tiles[N][kRows * kPanel];
     const MatrixOf<Pair> some{X().row(from), X().stride};
     for (Size j = 0; j < columns; j += kPanel) {
-      const MatrixOf<Pair> panel = Panel(j / kPanel);
-      for (Size i = 0; i < Inner(); i += kInner)
-        MultiplyInTiles(some.from(i), {panel.row(i), kPanel}, {tile, kPanel}, count,
-                        std::min(kInner, Inner() - i), kPanel, i > 0);
-      for (Size r = 0; r < count; ++r)
-        Write(tile + r * kPanel, y + (from + r) * columns + j, std::min(kPanel, columns - j));
+      for (int n = 0; n < N; ++n) {
+        const MatrixOf<Pair> panel = Panel(j / kPanel * N + n);
+        for (Size i = 0; i < Inner(); i += kInner)
+          MultiplyInTiles(some.from(i), {panel.row(i), kPanel}, {tiles[n], kPanel}, count,
+                          std::min(kInner, Inner() - i), kPanel, i > 0);
+      }
+      const Size size = std::min(kPanel, columns - j);
+      for (Size r = 0; r < count; ++r) {
+        const Size at = (from + r) * columns + j;
+        if constexpr (N == 1)
+          Write(tiles[0] + r * kPanel, y + at, size);
+        else
+          WriteGated(tiles[0] + r * kPanel, tiles[1] + r * kPanel, at, size);
+      }
     }
   }
 
@@ -1066,6 +1127,25 @@ struct Product {
                                                            _mm512_load_ps(from)));
     else
       for (Size i = 0; i < size; ++i) Put(to + i, from[i]);
+  }
+
+  void WriteGated(const float* gate, const float* value, Size at, Size size) const {
+    O rounded[2][kPanel];
+    alignas(64) float through[kPanel];
+    Write(gate, rounded[0], kPanel);
+    Write(value, rounded[1], kPanel);
+    for (Size i = 0; i < kPanel; i += kLanes)
+      Store(through + i, Activation(Load<Vector>(rounded[0] + i)) * Load<Vector>(rounded[1] + i));
+    Write(through, y + at, size);
+    for (int n = 0; n < N; ++n)
+      if (factors[n]) std::copy_n(rounded[n], size, factors[n] + at);
+  }
+
+  // x, by the sigmoid of x or of what makes it GELU with its tanh, as that is a sigmoid.
+  Vector Activation(Vector x) const {
+    const Vector z = gelu ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+    const Vector weight = Exp(z < 0 ? z : -z);
+    return x * (z < 0 ? weight : Vector{} + 1.0f) / (1.0f + weight);
   }
 };
 #endif
@@ -1222,12 +1302,12 @@ ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
 }
 
 #ifdef TILES
-template <typename O>
-void Run(ffi::ThreadPool pool, const Product<O> product) {
+template <typename O, int N>
+void Run(ffi::ThreadPool pool, const Product<O, N> product) {
   const Size packs = product.x_turned ? product.rows : 0;
   Share(pool, product.Panels() + (packs + kPanel - 1) / kPanel, 1, [=](Size i, Size) {
     if (i < product.Panels())
-      product.PackColumns(i * kPanel);
+      product.PackPanel(i);
     else
       product.PackRows((i - product.Panels()) * kPanel);
   });
@@ -1240,19 +1320,34 @@ void Run(ffi::ThreadPool pool, const Product<O> product) {
   });
 }
 
+Bfloat16* Numbers(ffi::AnyBuffer of) { return static_cast<Bfloat16*>(of.untyped_data()); }
+
 ffi::Error RunProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer m,
                       ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bfloat16s> room,
                       int64_t inner, int64_t columns, bool x_turned, bool m_turned, int64_t) {
   const auto run = [&](auto* out) {
-    const auto numbers = [](ffi::AnyBuffer of) { return static_cast<Bfloat16*>(of.untyped_data()); };
     Run(pool, Product<std::remove_pointer_t<decltype(out)>>{
-                  Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, numbers(x),
-                  numbers(m), out, reinterpret_cast<Pair*>(room->typed_data())});
+                  Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
+                  {Numbers(m)}, out, reinterpret_cast<Pair*>(room->typed_data())});
   };
   if (y->element_type() == ffi::F32)
     run(y->typed_data<float>());
   else
-    run(static_cast<Bfloat16*>(y->untyped_data()));
+    run(Numbers(*y));
+  return ffi::Error::Success();
+}
+
+ffi::Error RunGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
+                    ffi::AnyBuffer value, ffi::Result<ffi::AnyBuffer> y,
+                    ffi::Result<ffi::AnyBuffer> gates, ffi::Result<ffi::AnyBuffer> values,
+                    ffi::Result<Bfloat16s> room, int64_t inner, int64_t columns, bool x_turned,
+                    bool m_turned, bool gelu, int64_t) {
+  const auto wanted = [](ffi::AnyBuffer of) { return of.element_count() ? Numbers(of) : nullptr; };
+  Run(pool, Product<Bfloat16, 2>{
+                Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
+                {Numbers(gate), Numbers(value)}, Numbers(*y),
+                reinterpret_cast<Pair*>(room->typed_data()), {wanted(*gates), wanted(*values)},
+                gelu});
   return ffi::Error::Success();
 }
 #endif
@@ -1297,5 +1392,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, RunProduct,
                                   .Attr<int64_t>("columns")
                                   .Attr<bool>("x_turned")
                                   .Attr<bool>("m_turned")
+                                  .Attr<int64_t>("flops"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_bfloat16, RunGated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // gate
+                                  .Arg<ffi::AnyBuffer>()  // value
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Ret<ffi::AnyBuffer>()  // x gate, or nothing
+                                  .Ret<ffi::AnyBuffer>()  // x value, or nothing
+                                  .Ret<Bfloat16s>()       // room for what is packed
+                                  .Attr<int64_t>("inner")
+                                  .Attr<int64_t>("columns")
+                                  .Attr<bool>("x_turned")
+                                  .Attr<bool>("m_turned")
+                                  .Attr<bool>("gelu")
                                   .Attr<int64_t>("flops"));
 #endif

@@ -116,7 +116,7 @@ def loaded() -> ctypes.CDLL | None:
     try:
         compiled = ctypes.CDLL(str(library()))
         names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES] + ["draw_float32"]
-        names += ["product_bfloat16"] if compiled.has_tiles() else []
+        names += ["product_bfloat16", "gated_bfloat16"] if compiled.has_tiles() else []
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
@@ -361,6 +361,37 @@ def multiplies(formula: str, x: jax.Array, m: jax.Array) -> bool:
     return bool(found and found.inner % 2 == 0 and has_tiles())
 
 
+def _multiplied(
+    work: str,
+    formula: str,
+    x: jax.Array,
+    ms: Sequence[jax.Array],
+    dtypes: Sequence[Any],
+    **words: Any,
+) -> tuple[jax.Array, ...]:
+    """What a work makes of x and one or two m's: results of each of the dtypes, or for None nothing."""
+    of_x, of_m, of_y = re.split(",|->", formula)
+    sizes = dict(zip(of_x + of_m, x.shape + ms[0].shape, strict=True))
+    matrices = _matrices(formula, x, ms[0])
+    shape = tuple(sizes[a] for a in of_y)
+    like = [jax.ShapeDtypeStruct(shape if dtype else (0,), dtype or x.dtype) for dtype in dtypes]
+    room = jax.ShapeDtypeStruct((len(ms) * matrices.room,), x.dtype)
+    rows, *sizes_and_turns = matrices
+    names = matrices._fields[1:]
+    return _call(
+        work,
+        (of_x, *[of_m] * len(ms)),
+        (*(of_y if dtype else PACKED for dtype in dtypes), PACKED),
+        lambda *_: (*like, room),
+        lambda *_: 2 * rows * matrices.inner * matrices.columns * len(ms),
+        x,
+        *ms,
+        dtype=x.dtype,
+        **dict(zip(names, sizes_and_turns, strict=True)),
+        **words,
+    )[:-1]
+
+
 def product(formula: str, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
     """einsum(formula, x, m) of bfloat16, accumulated in float32, rounded to a dtype of `DTYPES`.
 
@@ -368,20 +399,19 @@ def product(formula: str, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
       formula: of two matrices, whose rows, columns and inner dimensions may be several letters;
         `multiplies` must say yes to it.
     """
-    of_x, of_m, of_y = re.split(",|->", formula)
-    sizes = dict(zip(of_x + of_m, x.shape + m.shape, strict=True))
-    matrices = _matrices(formula, x, m)
-    like = jax.ShapeDtypeStruct([sizes[a] for a in of_y], dtype)
-    room = jax.ShapeDtypeStruct((matrices.room,), x.dtype)
-    rows, *words = matrices
-    return _call(
-        "product",
-        (of_x, of_m),
-        (of_y, PACKED),
-        lambda *_: (like, room),
-        lambda *_: 2 * rows * matrices.inner * matrices.columns,
-        x,
-        m,
-        dtype=x.dtype,
-        **dict(zip(matrices._fields[1:], words, strict=True)),
-    )[0]
+    return _multiplied("product", formula, x, [m], [dtype])[0]
+
+
+def gated(
+    formula: str, x: jax.Array, gate: jax.Array, value: jax.Array, gelu: bool, keep: bool
+) -> tuple[jax.Array, ...]:
+    """silu(x gate) * (x value), or with `gelu` GELU by its tanh, of products as `product` makes them.
+
+    Args:
+      keep: the two products too, from which its gradient is computed; else there is nothing in
+        their place.
+    """
+    kept = x.dtype if keep else None
+    return _multiplied(
+        "gated", formula, x, [gate, value], [x.dtype, kept, kept], gelu=np.bool_(gelu)
+    )

@@ -254,6 +254,49 @@ def _unrolled(config: ModelConfig) -> bool:
     return not config.scan_layers or sharding.platform() == "cpu"
 
 
+def _activated(name: str, first: jax.Array, *second: jax.Array) -> jax.Array:
+    """The activation, times the second where it is gated.
+
+    In float32: XLA:CPU takes twice the time to round each step.
+    """
+    h_BTF = ACTIVATIONS[name](first.astype(jnp.float32))
+    for x in second:
+        h_BTF *= x
+    return h_BTF.astype(first.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gated(name: str, formula: str, x: jax.Array, w_gate: jax.Array, w_in: jax.Array) -> jax.Array:
+    """`_activated` of the two products, in C++."""
+    return _gated_in_cpp(name, formula, x, w_gate, w_in, keep=False)[0]
+
+
+def _gated_in_cpp(
+    name: str, formula: str, x: jax.Array, *ws: jax.Array, keep: bool
+) -> tuple[jax.Array, ...]:
+    narrow = (w.astype(x.dtype) for w in ws)
+    return cpu_kernels.gated(formula, x, *narrow, gelu=name == "geglu", keep=keep)
+
+
+def _gated_forward(name: str, formula: str, x: Any, *ws: Any) -> tuple[jax.Array, Any]:
+    h, *wide = _gated_in_cpp(name, formula, x, *ws, keep=True)
+    return h, (x, ws, wide)
+
+
+def _gated_backward(name: str, formula: str, kept: Any, g: jax.Array) -> Any:
+    x, ws, wide = kept
+    _, back = jax.vjp(functools.partial(_activated, name), *wide)
+    each = [
+        _product_backward(formula, True, True, (x, w), d)
+        for w, d in zip(ws, back(g), strict=True)
+    ]
+    dxs, dws = zip(*each, strict=True)
+    return sum(dxs), *dws
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
 class Mlp(nn.Module):
     """The feed-forward sublayer, gated or not."""
 
@@ -263,23 +306,23 @@ class Mlp(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
 
-        def widen(name: str) -> jax.Array:
+        def widening(name: str) -> tuple[jax.Array, jax.Array | None]:
             w = self.param(f"w_{name}_DF", _normal("DF", c.init_scale), (c.width, c.mlp_width))
-            bias = (
+            return w, (
                 self.param(f"b_{name}_F", _constant("F", 0.0), (c.mlp_width,)) if c.biases else None
             )
-            return constrain(_project(c, "BTD,DF->BTF", x_BTD, w, bias), "BTF")
 
-        # In float32: XLA:CPU takes twice the time to round each step. For the gradient only what it
-        # is computed from is kept, in the narrow dtype.
-        @functools.partial(jax.checkpoint, prevent_cse=_unrolled(c))
-        def activated(first: jax.Array, *second: jax.Array) -> jax.Array:
-            h_BTF = ACTIVATIONS[c.mlp](first.astype(jnp.float32))
-            for x in second:
-                h_BTF *= x
-            return h_BTF.astype(first.dtype)
-
-        h_BTF = activated(*(widen(name) for name in (("gate", "in") if c.gated else ("in",))))
+        formula = "BTD,DF->BTF"
+        widenings = [widening(name) for name in (("gate", "in") if c.gated else ("in",))]
+        w_DF, _ = widenings[0]
+        in_cpp = by_kernel(c.attention, cap=0) and cpu_kernels.multiplies(formula, x_BTD, w_DF)
+        if c.gated and not c.biases and in_cpp:
+            h_BTF = _gated(c.mlp, formula, x_BTD, *(w for w, _ in widenings))
+        else:
+            wide = (constrain(_project(c, formula, x_BTD, *own), "BTF") for own in widenings)
+            # For the gradient only what it is computed from is kept, in the narrow dtype.
+            activated = functools.partial(_activated, c.mlp)
+            h_BTF = jax.checkpoint(activated, prevent_cse=_unrolled(c))(*wide)
         w_FD = self.param(
             "w_out_FD", _normal("FD", c.init_scale * (2 * c.layers) ** -0.5), (c.mlp_width, c.width)
         )
