@@ -565,6 +565,9 @@ Vector Exp(Vector x) {
   return p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
 }
 
+// The same, but what a weight of full precision can't be is none.
+Vector Weight(Vector x) { return x < -87.0f ? Vector{} : Exp(x); }
+
 float Top(Vector x) {
   float top = x[0];
   for (Size i = 1; i < kLanes; ++i) top = std::max(top, x[i]);
@@ -999,9 +1002,6 @@ struct Draw {
   int32_t* token_R;
   float* log_total_R;
 
-  // What a weight of full precision can't be is none: it must never be drawn.
-  static Vector Weight(Vector x) { return x < -87.0f ? Vector{} : Exp(x); }
-
   // Of weights, the last one that begins at or before a target; what of the target is left.
   static std::pair<Size, float> Pick(const float* weights, Size count, float target) {
     Size found = 0;
@@ -1110,16 +1110,18 @@ struct Product {
                        std::min(kPanel, rows - from), {X().row(from), X().stride});
   }
 
+  // Rows of x by a panel.
+  void Multiply(Size from, Size count, Size panel, float* tile) const {
+    const MatrixOf<Pair> some{X().row(from), X().stride}, of = Panel(panel);
+    for (Size i = 0; i < Inner(); i += kInner)
+      MultiplyInTiles(some.from(i), {of.row(i), kPanel}, {tile, kPanel}, count,
+                      std::min(kInner, Inner() - i), kPanel, i > 0);
+  }
+
   void operator()(Size from, Size count) const {
     alignas(64) float tiles[N][kRows * kPanel];
-    const MatrixOf<Pair> some{X().row(from), X().stride};
     for (Size j = 0; j < columns; j += kPanel) {
-      for (int n = 0; n < N; ++n) {
-        const MatrixOf<Pair> panel = Panel(j / kPanel * N + n);
-        for (Size i = 0; i < Inner(); i += kInner)
-          MultiplyInTiles(some.from(i), {panel.row(i), kPanel}, {tiles[n], kPanel}, count,
-                          std::min(kInner, Inner() - i), kPanel, i > 0);
-      }
+      for (int n = 0; n < N; ++n) Multiply(from, count, j / kPanel * N + n, tiles[n]);
       for (Size r = 0; r < count; ++r) {
         const auto row = [&](int n) {
           const float* const from = tiles[n] + r * kPanel;
@@ -1171,6 +1173,71 @@ struct Product {
   static Vector Inverse(Vector x) {  // to two units in the last place, in half the time
     const Vector near = (Vector)_mm512_rcp14_ps((__m512)x);
     return near * (2.0f - x * near);
+  }
+};
+
+// Cross-entropy of rows whose logits are a product with the vocabulary's table, and its gradient by
+// them, which is `logits.y` if there is one; each row's times its weight. Logits are computed twice, as they would
+// have to be written in full precision and read twice else. No other ids than those of text count.
+struct CrossEntropy {
+  Product<Bfloat16> logits;
+  Size text_size;
+  const int32_t* target_R;
+  const float *weight_R;
+  float* loss_R;
+
+  void operator()(Size from, Size count) const {
+    alignas(64) float tile[kRows * kPanel];
+    Vector top[kRows], total[kRows];  // by lanes
+    float of_target[kRows], log_total[kRows];
+    std::fill_n(top, count, Vector{} + kHidden);
+    std::fill_n(total, count, Vector{});
+    std::fill_n(of_target, count, kHidden);
+    Each(from, count, tile, [&](Size r, Size column, const Vector* x) {
+      const Size target = target_R[from + r] - column;
+      if (0 <= target && target < kPanel) of_target[r] = tile[r * kPanel + target];
+      const Vector higher = x[0] > x[1] ? x[0] : x[1];
+      if (_mm512_cmp_ps_mask((__m512)higher, (__m512)top[r], _CMP_GT_OQ)) {  // seldom, later on
+        const Vector before = top[r];
+        top[r] = higher > before ? higher : before;
+        total[r] *= Weight(before - top[r]);
+      }
+      total[r] += Weight(x[0] - top[r]) + Weight(x[1] - top[r]);
+    });
+    for (Size r = 0; r < count; ++r) {
+      const float highest = Top(top[r]);
+      log_total[r] = highest + std::log(Sum(total[r] * Weight(top[r] - highest)));
+      loss_R[from + r] = weight_R[from + r] * (log_total[r] - of_target[r]);
+    }
+    if (!logits.y) return;
+    Each(from, count, tile, [&](Size r, Size column, const Vector* x) {
+      const Size target = target_R[from + r] - column;
+      Product<Bfloat16>::Row gradient;
+      for (int i = 0; i < 2; ++i) {
+        const Vector one = (kLaneNumbers + int32_t(i * kLanes) == int32_t(target)) ? Vector{} + 1.0f : Vector{};
+        gradient[i] = weight_R[from + r] * (Weight(x[i] - log_total[r]) - one);
+      }
+      Product<Bfloat16>::Write(gradient, logits.y + (from + r) * logits.columns + column,
+                               std::min(kPanel, logits.columns - column));
+    });
+  }
+
+  // What work does with the two vectors of a row's logits in each panel.
+  template <typename Work>
+  void Each(Size from, Size count, float* tile, Work work) const {
+    for (Size column = 0; column < logits.columns; column += kPanel) {
+      logits.Multiply(from, count, column / kPanel, tile);
+      for (Size r = 0; r < count; ++r) {
+        Vector x[2];
+        for (int i = 0; i < 2; ++i) {
+          const Size first = column + i * kLanes;
+          x[i] = Load<Vector>(tile + r * kPanel + i * kLanes);
+          if (first + kLanes > text_size)
+            x[i] = kLaneNumbers < int32_t(text_size - first) ? x[i] : Vector{} + kHidden;
+        }
+        work(r, column, x);
+      }
+    }
   }
 };
 #endif
@@ -1327,8 +1394,8 @@ ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
 }
 
 #ifdef TILES
-template <typename O, int N>
-void Run(ffi::ThreadPool pool, const Product<O, N> product) {
+template <typename P>
+void Pack(ffi::ThreadPool& pool, const P& product) {
   const Size packs = product.x_turned ? product.rows : 0;
   Share(pool, product.Panels() + (packs + kPanel - 1) / kPanel, 1, [=](Size i, Size) {
     if (i < product.Panels())
@@ -1336,16 +1403,26 @@ void Run(ffi::ThreadPool pool, const Product<O, N> product) {
     else
       product.PackRows((i - product.Panels()) * kPanel);
   });
-  // As many parts for each thread, of whole tiles.
+}
+
+// work(from, count) of all rows: as many parts for each thread, of whole tiles.
+template <typename Work>
+void ShareRows(ffi::ThreadPool& pool, Size all, Work work) {
   const Size threads = std::max<Size>(pool.num_threads(), 1), most = threads * kRows;
-  const Size parts = (product.rows + most - 1) / most * threads;
-  const Size rows = (product.rows + parts * kTile - 1) / (parts * kTile) * kTile;
-  Share(pool, (product.rows + rows - 1) / rows, 1, [=](Size i, Size) {
-    product(i * rows, std::min(rows, product.rows - i * rows));
-  });
+  const Size parts = (all + most - 1) / most * threads;
+  const Size rows = (all + parts * kTile - 1) / (parts * kTile) * kTile;
+  Share(pool, (all + rows - 1) / rows, 1,
+        [=](Size i, Size) { work(i * rows, std::min(rows, all - i * rows)); });
+}
+
+template <typename P>
+void Run(ffi::ThreadPool& pool, const P& product) {
+  Pack(pool, product);
+  ShareRows(pool, product.rows, product);
 }
 
 Bfloat16* Numbers(ffi::AnyBuffer of) { return static_cast<Bfloat16*>(of.untyped_data()); }
+Bfloat16* Wanted(ffi::AnyBuffer of) { return of.element_count() ? Numbers(of) : nullptr; }
 
 ffi::Error RunProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer m,
                       ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bfloat16s> room,
@@ -1367,12 +1444,25 @@ ffi::Error RunGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
                     ffi::Result<ffi::AnyBuffer> gates, ffi::Result<ffi::AnyBuffer> values,
                     ffi::Result<Bfloat16s> room, int64_t inner, int64_t columns, bool x_turned,
                     bool m_turned, bool gelu, int64_t) {
-  const auto wanted = [](ffi::AnyBuffer of) { return of.element_count() ? Numbers(of) : nullptr; };
   Run(pool, Product<Bfloat16, 2>{
                 Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
                 {Numbers(gate), Numbers(value)}, Numbers(*y),
-                reinterpret_cast<Pair*>(room->typed_data()), {wanted(*gates), wanted(*values)},
+                reinterpret_cast<Pair*>(room->typed_data()), {Wanted(*gates), Wanted(*values)},
                 gelu});
+  return ffi::Error::Success();
+}
+
+ffi::Error RunCrossEntropy(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer table,
+                           Int32s<1> target, Floats<1> weight, ffi::Result<Floats<1>> loss,
+                           ffi::Result<ffi::AnyBuffer> d_logits, ffi::Result<Bfloat16s> room,
+                           int64_t inner, int64_t columns, bool x_turned, bool m_turned,
+                           int64_t text_size, int64_t) {
+  const CrossEntropy rows{
+      {Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
+       {Numbers(table)}, Wanted(*d_logits), reinterpret_cast<Pair*>(room->typed_data())},
+      text_size, target.typed_data(), weight.typed_data(), loss->typed_data()};
+  Pack(pool, rows.logits);
+  ShareRows(pool, rows.logits.rows, rows);
   return ffi::Error::Success();
 }
 #endif
@@ -1433,5 +1523,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_bfloat16, RunGated,
                                   .Attr<bool>("x_turned")
                                   .Attr<bool>("m_turned")
                                   .Attr<bool>("gelu")
+                                  .Attr<int64_t>("flops"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cross_entropy_bfloat16, RunCrossEntropy,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // the vocabulary's table
+                                  .Arg<Int32s<1>>()       // target_R
+                                  .Arg<Floats<1>>()       // weight_R
+                                  .Ret<Floats<1>>()       // loss_R
+                                  .Ret<ffi::AnyBuffer>()  // its gradient by logits
+                                  .Ret<Bfloat16s>()       // room for what is packed
+                                  .Attr<int64_t>("inner")
+                                  .Attr<int64_t>("columns")
+                                  .Attr<bool>("x_turned")
+                                  .Attr<bool>("m_turned")
+                                  .Attr<int64_t>("text_size")
                                   .Attr<int64_t>("flops"));
 #endif

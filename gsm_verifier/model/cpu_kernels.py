@@ -116,7 +116,8 @@ def loaded() -> ctypes.CDLL | None:
     try:
         compiled = ctypes.CDLL(str(library()))
         names = [f"{work}_{dtype}" for work in WORKS for dtype in DTYPES] + ["draw_float32"]
-        names += ["product_bfloat16", "gated_bfloat16"] if compiled.has_tiles() else []
+        if compiled.has_tiles():
+            names += [f"{work}_bfloat16" for work in ("product", "gated", "cross_entropy")]
         handlers = {name: jax.ffi.pycapsule(getattr(compiled, name)) for name in names}
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
@@ -348,17 +349,19 @@ def _matrices(formula: str, x: jax.Array, m: jax.Array) -> _Matrices | None:
     return _Matrices(*size, x_turned, m_turned)
 
 
-def multiplies(formula: str, x: jax.Array, m: jax.Array) -> bool:
-    """Is `product` faster than XLA? Of enough positions, on one device that has tiles.
-
-    The vocabulary's table isn't worth to be packed for as few positions as have logits at a time.
-    """
+def in_tiles(formula: str, x: jax.Array, m: jax.Array) -> bool:
+    """Can it be one of `product`, `gated` and `cross_entropy`? On one device that has tiles."""
     mesh = jax.sharding.get_abstract_mesh()
-    positions = math.prod(n for a, n in zip(formula, x.shape, strict=False) if a in "BT")
-    if x.dtype != jnp.bfloat16 or positions < LEAST or "V" in formula or mesh.size > 1:
+    if x.dtype != jnp.bfloat16 or mesh.size > 1:
         return False
     found = _matrices(formula, x, m)
     return bool(found and found.inner % 2 == 0 and has_tiles())
+
+
+def multiplies(formula: str, x: jax.Array, m: jax.Array) -> bool:
+    """Is `product` faster than XLA too? Of enough positions."""
+    positions = math.prod(n for a, n in zip(formula, x.shape, strict=False) if a in "BT")
+    return positions >= LEAST and in_tiles(formula, x, m)
 
 
 def _multiplied(
@@ -366,28 +369,35 @@ def _multiplied(
     formula: str,
     x: jax.Array,
     ms: Sequence[jax.Array],
-    dtypes: Sequence[Any],
+    results: Sequence[tuple[str, Any]],
+    *others: jax.Array,
     **words: Any,
 ) -> tuple[jax.Array, ...]:
-    """What a work makes of x and one or two m's: results of each of the dtypes, or for None nothing."""
-    of_x, of_m, of_y = re.split(",|->", formula)
+    """What a work makes of the products of x and each of one or two m's.
+
+    Args:
+      results: letters and dtype of each; without a dtype there is nothing of it.
+      others: arrays that it needs besides, whose only letter is B.
+    """
+    of_x, of_m, _ = re.split(",|->", formula)
     sizes = dict(zip(of_x + of_m, x.shape + ms[0].shape, strict=True))
-    matrices = _matrices(formula, x, ms[0])
-    shape = tuple(sizes[a] for a in of_y)
-    like = [jax.ShapeDtypeStruct(shape if dtype else (0,), dtype or x.dtype) for dtype in dtypes]
-    room = jax.ShapeDtypeStruct((len(ms) * matrices.room,), x.dtype)
-    rows, *sizes_and_turns = matrices
-    names = matrices._fields[1:]
+    rows, *sizes_and_turns = matrices = _matrices(formula, x, ms[0])
+    like = [
+        jax.ShapeDtypeStruct([sizes[a] for a in letters] if dtype else [0], dtype or x.dtype)
+        for letters, dtype in results
+    ]
+    room = jax.ShapeDtypeStruct([len(ms) * matrices.room], x.dtype)
     return _call(
         work,
-        (of_x, *[of_m] * len(ms)),
-        (*(of_y if dtype else PACKED for dtype in dtypes), PACKED),
+        (of_x, *[of_m] * len(ms), *["B"] * len(others)),
+        (*(letters if dtype else PACKED for letters, dtype in results), PACKED),
         lambda *_: (*like, room),
         lambda *_: 2 * rows * matrices.inner * matrices.columns * len(ms),
         x,
         *ms,
+        *others,
         dtype=x.dtype,
-        **dict(zip(names, sizes_and_turns, strict=True)),
+        **dict(zip(matrices._fields[1:], sizes_and_turns, strict=True)),
         **words,
     )[:-1]
 
@@ -399,19 +409,49 @@ def product(formula: str, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
       formula: of two matrices, whose rows, columns and inner dimensions may be several letters;
         `multiplies` must say yes to it.
     """
-    return _multiplied("product", formula, x, [m], [dtype])[0]
+    return _multiplied("product", formula, x, [m], [(formula.split(">")[1], dtype)])[0]
 
 
 def gated(
     formula: str, x: jax.Array, gate: jax.Array, value: jax.Array, gelu: bool, keep: bool
 ) -> tuple[jax.Array, ...]:
-    """silu(x gate) * (x value), or with `gelu` GELU by its tanh, of products as `product` makes them.
+    """silu(x gate) * (x value), or with `gelu` GELU by its tanh; the products are `product`'s.
 
     Args:
       keep: the two products too, from which its gradient is computed; else there is nothing in
         their place.
     """
-    kept = x.dtype if keep else None
+    of_y = formula.split(">")[1]
+    results = [(of_y, x.dtype)] + [(of_y, x.dtype if keep else None)] * 2
+    return _multiplied("gated", formula, x, [gate, value], results, gelu=np.bool_(gelu))
+
+
+def cross_entropy(
+    formula: str,
+    x_BD: jax.Array,
+    table: jax.Array,
+    target_B: jax.Array,
+    weight_B: jax.Array,
+    text_size: int,
+    gradient: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Each row's cross-entropy times its weight, float32 [B], and its gradient by logits, [B, V].
+
+    Logits are accumulated in float32; their gradient is rounded to bfloat16, as the products it
+    goes into need it.
+
+    Args:
+      formula: of the logits, BD,VD->BV or BD,DV->BV.
+      text_size: of the vocabulary; what lies beyond has no logits.
+      gradient: without, there is nothing in its place.
+    """
     return _multiplied(
-        "gated", formula, x, [gate, value], [x.dtype, kept, kept], gelu=np.bool_(gelu)
+        "cross_entropy",
+        formula,
+        x_BD,
+        [table],
+        [("B", jnp.dtype(jnp.float32)), ("BV", x_BD.dtype if gradient else None)],
+        target_B.astype(jnp.int32),
+        weight_B,
+        text_size=np.int64(text_size),
     )

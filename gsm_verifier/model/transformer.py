@@ -87,10 +87,15 @@ def _product_forward(
     return _product(formula, narrow, kernel, x, w), (x, w)
 
 
-def _product_backward(formula: str, narrow: bool, kernel: bool, kept: Any, g: Any) -> Any:
-    x, w = kept
+def product_gradients(
+    formula: str, kernel: bool, x: jax.Array, w: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of a product by x, as accelerators round it, and by w, in float32.
+
+    Args:
+      g: by the product, in x's dtype. kernel: as in `_product`.
+    """
     of_x, of_w, of_y = re.split(",|->", formula)
-    g = g.astype(x.dtype)
     dx = _product(f"{of_y},{of_w}->{of_x}", True, kernel, g, w)
     in_cpp = kernel and cpu_kernels.multiplies(f"{of_x},{of_y}->{of_w}", x, g)
     if lies_transposed(x) and not in_cpp:
@@ -99,7 +104,12 @@ def _product_backward(formula: str, narrow: bool, kernel: bool, kept: Any, g: An
         rows = "".join(letter for letter in of_x if letter not in of_w)
         lying = "".join(letter for letter in of_x if letter in of_w) + rows
         x, of_x = jax.lax.optimization_barrier(jnp.einsum(f"{of_x}->{lying}", x)), lying
-    dw = _product(f"{of_x},{of_y}->{of_w}", False, kernel, x, g)
+    return dx, _product(f"{of_x},{of_y}->{of_w}", False, kernel, x, g)
+
+
+def _product_backward(formula: str, narrow: bool, kernel: bool, kept: Any, g: Any) -> Any:
+    x, w = kept
+    dx, dw = product_gradients(formula, kernel, x, w, g.astype(x.dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -287,8 +297,7 @@ def _gated_backward(name: str, formula: str, kept: Any, g: jax.Array) -> Any:
     x, ws, wide = kept
     _, back = jax.vjp(functools.partial(_activated, name), *wide)
     each = [
-        _product_backward(formula, True, True, (x, w), d)
-        for w, d in zip(ws, back(g), strict=True)
+        _product_backward(formula, True, True, (x, w), d) for w, d in zip(ws, back(g), strict=True)
     ]
     dxs, dws = zip(*each, strict=True)
     return sum(dxs), *dws
@@ -400,14 +409,8 @@ def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Arra
     return constrain(table_VD.astype(dtype), ("V", None))[tokens_BT]
 
 
-def logits(
-    config: ModelConfig,
-    table: jax.Array,
-    hidden: jax.Array,
-    all_ids: bool = False,
-    letters: str = "VD",
-) -> jax.Array:
-    """`Transformer.logits` by its `table` alone.
+def dots(table: jax.Array, hidden: jax.Array, letters: str = "VD") -> jax.Array:
+    """What logits are before there is a cap and whatever isn't text is hidden, float32 [..., V].
 
     All rows are one matrix: of a [B, T, D] XLA:CPU makes a product with the table transposed first,
     which takes a quarter of the product's time by 256 rows.
@@ -417,9 +420,13 @@ def logits(
         those of all other weights, where the table's own is g.T @ x, of a [B, V] to transpose.
     """
     rows_BD = hidden.reshape(-1, hidden.shape[-1])
-    found = _capped(config, _product(f"BD,{letters}->BV", False, False, rows_BD, table))
-    found = found.reshape(*hidden.shape[:-1], -1)
-    return found if all_ids else text_only(config, found)
+    found_BV = _product(f"BD,{letters}->BV", False, False, rows_BD, table)
+    return found_BV.reshape(*hidden.shape[:-1], -1)
+
+
+def logits_of(config: ModelConfig, dots: jax.Array) -> jax.Array:
+    """The logits that `dots` become."""
+    return text_only(config, _capped(config, dots))
 
 
 def text_only(config: ModelConfig, logits: jax.Array) -> jax.Array:
@@ -528,7 +535,8 @@ class Transformer(nn.Module):
         Args:
           all_ids: those of ids that aren't text too; else these are never likely.
         """
-        return logits(self.config, self._table(), hidden, all_ids)
+        found = _capped(self.config, dots(self._table(), hidden))
+        return found if all_ids else text_only(self.config, found)
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""

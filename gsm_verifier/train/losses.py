@@ -1,14 +1,13 @@
 """The one loss: cross-entropy of the language model plus the verifier's error (section 4.2)."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gsm_verifier.model import transformer
-from gsm_verifier.model.attention import Packed
+from gsm_verifier.model import cpu_kernels, transformer
+from gsm_verifier.model.attention import Packed, by_kernel
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
 from gsm_verifier.sharding import constrain, parts
@@ -34,11 +33,68 @@ def squashed(raw: jax.Array, squash: str) -> jax.Array:
     return jax.nn.sigmoid(raw) if squash == "sigmoid" else raw
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(
-    loss: Callable[..., jax.Array], letters: str, table: jax.Array, pieces: Any
-) -> jax.Array:
-    """The sum of loss(table, *piece) over the first axis of the arrays in `pieces`.
+class _Rows(NamedTuple):
+    """Rows of positions, and how their logits are made."""
+
+    config: ModelConfig
+    letters: str  # of the table
+
+    @property
+    def formula(self) -> str:
+        return f"BD,{self.letters}->BV"
+
+    @property
+    def kernel(self) -> bool:
+        return by_kernel(self.config.attention, cap=self.config.logit_cap)
+
+    def in_tiles(self, table: jax.Array, hidden: jax.Array) -> bool:
+        """Is it the kernel that makes their loss?"""
+        return self.kernel and cpu_kernels.in_tiles(self.formula, hidden, table)
+
+    def loss(
+        self,
+        table: jax.Array,
+        hidden_BCD: jax.Array,
+        targets_BC: jax.Array,
+        weight_BC: jax.Array,
+        gradient: bool,
+    ) -> tuple[jax.Array, Any]:
+        """The sum of their weighted cross-entropy; and its gradient by `transformer.dots`."""
+
+        def entropy(dots_BCV: jax.Array) -> jax.Array:
+            logits_BCV = transformer.logits_of(self.config, dots_BCV)
+            picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], -1)[..., 0]
+            loss_BC = jax.nn.logsumexp(logits_BCV, -1) - picked_BC
+            return (loss_BC * weight_BC).sum()
+
+        rows = tuple(x.reshape(-1, *x.shape[2:]) for x in (hidden_BCD, targets_BC, weight_BC))
+        if self.in_tiles(table, rows[0]):
+            hidden, *of_row = rows
+            loss_B, d_dots = cpu_kernels.cross_entropy(
+                self.formula, hidden, table, *of_row, self.config.text_size, gradient
+            )
+            return loss_B.sum(), d_dots
+        dots_BCV = transformer.dots(table, hidden_BCD, self.letters)
+        if not gradient:
+            return entropy(dots_BCV), None
+        loss, d_dots_BCV = jax.value_and_grad(entropy)(dots_BCV)
+        return loss, d_dots_BCV.astype(hidden_BCD.dtype)
+
+    def gradients(self, table: jax.Array, hidden_BCD: jax.Array, *of_row: jax.Array) -> Any:
+        """The same sum, and its gradients by the table, in float32, and by hidden states."""
+        loss, d_dots = self.loss(table, hidden_BCD, *of_row, gradient=True)
+        hidden = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
+        d_dots_BV = d_dots.reshape(len(hidden), -1)
+        kernel = self.in_tiles(table, hidden)
+        d_hidden, d_table = transformer.product_gradients(
+            self.formula, kernel, hidden, table, d_dots_BV
+        )
+        return loss, d_table, d_hidden.reshape(hidden_BCD.shape).astype(hidden.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(rows: _Rows, table: jax.Array, pieces: Any) -> jax.Array:
+    """The sum of the rows' loss over the first axis of the arrays in `pieces`.
 
     The last array is the weights; a piece that has none isn't computed.
 
@@ -46,10 +102,15 @@ def _total(
     piece's at a time, would otherwise have to be computed again in the backward pass, a quarter of
     the products with the table. By the other arrays it has none.
     """
+    table = table.astype(pieces[0].dtype)
 
     def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
         weighs, *piece = piece
-        return total + jax.lax.cond(weighs, lambda: loss(table, *piece), lambda: 0.0), None
+
+        def loss() -> jax.Array:
+            return rows.loss(table, *piece, gradient=False)[0]
+
+        return total + jax.lax.cond(weighs, loss, lambda: 0.0), None
 
     return jax.lax.scan(add, jnp.zeros(()), (_weigh(pieces), *pieces))[0]
 
@@ -59,11 +120,14 @@ def _weigh(pieces: Any) -> jax.Array:
     return (pieces[-1] != 0).any(range(1, pieces[-1].ndim))
 
 
-def _total_forward(loss: Any, letters: str, table: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
+def _total_forward(rows: _Rows, table: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
     """Each device adds up the gradients of its own rows, so that they are summed over devices once,
     not with every piece."""
     B, n = pieces[0].shape[1], parts("B")
     n = n if B % n == 0 else 1
+    narrow = table.astype(
+        pieces[0].dtype
+    )  # once: what a condition needs XLA makes with every piece
 
     def by_device(x: jax.Array) -> jax.Array:
         return constrain(x.reshape(n, B // n, *x.shape[1:]), ("B", *[None] * x.ndim))
@@ -72,24 +136,30 @@ def _total_forward(loss: Any, letters: str, table: jax.Array, pieces: Any) -> tu
         weighs, *piece = piece
 
         def added() -> tuple[Any, jax.Array]:
-            each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (None, 0, 0, 0))
-            value, (d_table, d_hidden) = each(table, *map(by_device, piece))
-            return jax.tree.map(jnp.add, carry, (value, d_table)), d_hidden.reshape(piece[0].shape)
+            if n == 1:  # what is in C++ has no other way
+                each = jax.tree.map(lambda x: x[None], rows.gradients(narrow, *piece))
+            else:
+                each = jax.vmap(rows.gradients, (None, 0, 0, 0))(narrow, *map(by_device, piece))
+            *sums, d_hidden = each
+            return jax.tree.map(jnp.add, carry, tuple(sums)), d_hidden.reshape(piece[0].shape)
 
         return jax.lax.cond(weighs, added, lambda: (carry, jnp.zeros_like(piece[0])))
 
-    own = ("B", *(letter if letter == "V" else None for letter in letters))
-    zero = constrain(jnp.zeros((n, *table.shape), table.dtype), own)
+    own = ("B", *(letter if letter == "V" else None for letter in rows.letters))
+    zero = constrain(jnp.zeros((n, *table.shape)), own)
     (total, d_table), d_hidden = jax.lax.scan(add, (jnp.zeros(n), zero), (_weigh(pieces), *pieces))
-    return total.sum(), (constrain(d_table.sum(0), letters), d_hidden)
+    d_table = constrain(d_table.sum(0).astype(table.dtype), rows.letters)
+    return total.sum(), (d_table, d_hidden)
 
 
-def _total_backward(loss: Any, letters: str, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+def _total_backward(rows: _Rows, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     d_table, d_hidden = ((g * x).astype(x.dtype) for x in kept)
     return d_table, (d_hidden, None, None)
 
 
 _total.defvjp(_total_forward, _total_backward)
+
+IN_TILES = 1024  # positions at a time at least, or the table is packed too often
 
 
 def cross_entropy_sum(
@@ -100,27 +170,23 @@ def cross_entropy_sum(
     Those without a weight, which are most where a verifier is trained, come last in their rows, and
     no logits are computed where nothing else is left.
     """
-    T = hidden_BTD.shape[1]
+    B, T, D = hidden_BTD.shape
     # Else each chunk's gradient by the logits would be transposed for that by the table.
-    letters = "DV" if transformer.lies_transposed(hidden_BTD) else "VD"
+    rows = _Rows(config, "DV" if transformer.lies_transposed(hidden_BTD) else "VD")
+    table_VD = params["params"][transformer.table(config)]
+    table = jnp.einsum(f"VD->{rows.letters}", table_VD)
+    if rows.in_tiles(table, hidden_BTD.reshape(-1, D)):
+        chunk = max(chunk, IN_TILES // B)
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
-    def loss(table: Any, hidden_BCD: Any, targets_BC: Any, weight_BC: Any) -> jax.Array:
-        logits_BCV = transformer.logits(config, table, hidden_BCD, letters=letters)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], -1)[..., 0]
-        loss_BC = jax.nn.logsumexp(logits_BCV, -1) - picked_BC
-        return (loss_BC * weight_BC).sum()
-
     def pieces(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
 
     order_BT = jnp.argsort(batch.lm_weight_BT == 0, axis=1, stable=True)
     ordered_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], 1)
     others = (batch.targets_BT, batch.lm_weight_BT)
     arrays = (ordered_BTD, *(jnp.take_along_axis(x, order_BT, 1) for x in others))
-    table_VD = params["params"][transformer.table(config)]
-    table = jnp.einsum(f"VD->{letters}", table_VD)
-    return _total(loss, letters, table, tuple(map(pieces, arrays)))
+    return _total(rows, table, tuple(map(pieces, arrays)))
 
 
 def loss_sums(
