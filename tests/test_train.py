@@ -352,7 +352,7 @@ def factors(program: str) -> list[str]:
 def test_products_with_the_table_are_in_bfloat16_on_cpu() -> None:
     """The logits, and what their gradients are, of large matrices: in float32 they take twice the
     time, and XLA turns to that by how the sides lie."""
-    config = make_config(width=256, text_size=1000, dtype="bfloat16")
+    config = make_config(width=256, text_size=1000, dtype="bfloat16", attention="jax")
     params = transformer.shapes(config)
     batch = Batch.of({name: np.zeros((2, 64), dtype) for name, dtype in FIELDS.items()})
     hidden = jax.ShapeDtypeStruct((2, 64, config.width), jnp.bfloat16)

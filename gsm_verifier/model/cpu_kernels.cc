@@ -281,8 +281,10 @@ struct Room {
 template <typename X, typename Rows>
 MatrixOf<X> Across(Rows rows, Size count, Size size, MatrixOf<X> to) {
   constexpr Size per = Factors<X>::kPer;
-  for (Size i = 0; i < count; i += per)
+  for (Size i = 0; i < count; i += per) {
+    for (Size k = 0; k < per; ++k) __builtin_prefetch(rows(i + k + 16));  // they may lie apart
     Factors<X>::Across(rows(i), i + 1 < count ? rows(i + 1) : nullptr, size, to.row(i / per));
+  }
   return to;
 }
 
@@ -293,6 +295,48 @@ MatrixOf<X> Along(Rows rows, Size count, Size size, MatrixOf<X> to) {
   return to;
 }
 
+// Lanes i and i ^ bit exchanged.
+Vector Exchange(Vector x, int bit) {
+#ifdef __clang__
+  Vector y;
+  for (int i = 0; i < kLanes; ++i) y[i] = x[i ^ bit];
+  return y;
+#else
+  return __builtin_shuffle(x, kLaneNumbers ^ bit);
+#endif
+}
+
+// Rows of as many numbers as a vector has lanes become columns: two rows change the lanes that have
+// a bit of the one for those that don't have it of the other, bit by bit.
+void Transpose(Vector* x) {
+#pragma GCC unroll 16
+  for (int bit = 1; bit < kLanes; bit *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & bit) continue;
+      const Vector a = x[i], b = x[i | bit];
+      const Integers has = (kLaneNumbers & bit) != 0;
+      x[i] = has ? Exchange(b, bit) : a;
+      x[i | bit] = has ? b : Exchange(a, bit);
+    }
+}
+
+// So many rows, at most kLanes, as columns.
+template <typename X>
+void Turn(MatrixOf<X> from, Size rows, Size size, MatrixOf<X> to) {
+  static_assert(sizeof(X) == sizeof(float));
+  const auto numbers = [](X* at) { return reinterpret_cast<float*>(at); };
+  Size j = 0;
+  for (; rows == kLanes && j + kLanes <= size; j += kLanes) {
+    Vector x[kLanes];
+    for (Size i = 0; i < kLanes; ++i) x[i] = Load<Vector>(numbers(from.row(i) + j));
+    Transpose(x);
+    for (Size i = 0; i < kLanes; ++i) Store(numbers(to.row(j + i)), x[i]);
+  }
+  for (; j < size; ++j)
+    for (Size i = 0; i < rows; ++i) to.at(j, i) = from.at(i, j);
+}
+
 // And these transposed, [size / kPer, count].
 template <typename X, typename Rows>
 MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
@@ -301,8 +345,7 @@ MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   for (Size from = 0; from < count; from += kLanes) {
     const Size few = std::min(kLanes, count - from);
     for (Size i = 0; i < few; ++i) Factors<X>::Along(rows(from + i), size, &some[i * factors]);
-    for (Size j = 0; j < factors; ++j)
-      for (Size i = 0; i < few; ++i) to.row(j)[from + i] = some[i * factors + j];
+    Turn<X>({some.data(), factors}, few, factors, to.from(from));
   }
   return to;
 }
@@ -314,10 +357,9 @@ MatrixOf<X> AcrossTurned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   std::vector<X> some(kLanes * size);
   for (Size from = 0; from < count; from += kLanes * per) {
     const Size left = std::min(kLanes * per, count - from);
-    Across<X>([&](Size i) { return rows(from + i); }, left, size, MatrixOf<X>{some.data(), size});
-    for (Size j = 0; j < size; ++j)
-      for (Size i = 0; i < Factors<X>::Count(left); ++i)
-        to.row(j)[from / per + i] = some[i * size + j];
+    const MatrixOf<X> across{some.data(), size};
+    Across<X>([&](Size i) { return rows(from + i); }, left, size, across);
+    Turn<X>(across, Factors<X>::Count(left), size, to.from(from / per));
   }
   return to;
 }
@@ -471,17 +513,6 @@ void Multiply(X x, M m, Matrix y, Size rows, Size inner, Size columns, bool add)
   columns_of(std::integral_constant<int, kVectors / 2>{});
   columns_of(std::integral_constant<int, 1>{});
   for (; j < columns; ++j) Columns<float, 1>(x, m.from(j), y.from(j), rows, inner, add);
-}
-
-// Lanes i and i ^ bit exchanged.
-Vector Exchange(Vector x, int bit) {
-#ifdef __clang__
-  Vector y;
-  for (int i = 0; i < kLanes; ++i) y[i] = x[i ^ bit];
-  return y;
-#else
-  return __builtin_shuffle(x, kLaneNumbers ^ bit);
-#endif
 }
 
 float Sum(Vector x) {
@@ -790,8 +821,9 @@ struct Whole {
   void Write(Matrix from_HT, E* to_BTKH, Size b, Size k) const {
     std::vector<float> some(kLanes * H);
     for (Size t = 0; t < T; t += kLanes) {
-      for (Size h = 0; h < H; ++h)
-        for (Size i = 0; i < kLanes; ++i) some[i * H + h] = from_HT.at(h, t + i);
+      for (Size h = 0; h < H; h += kLanes)
+        Turn<float>({from_HT.row(h) + t, from_HT.stride}, std::min(kLanes, H - h), kLanes,
+                    {some.data() + h, H});
       for (Size i = 0; i < std::min(kLanes, T - t); ++i)
         for (Size h = 0; h < H; ++h) Put(to_BTKH + Place(b, t + i, k) * H + h, some[i * H + h]);
     }
@@ -1068,7 +1100,8 @@ void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
 #ifdef TILES
 constexpr Size kPanel = 2 * kTile;  // columns
 constexpr Size kInner = 288;        // factors of a panel, which stay in the nearest cache
-constexpr Size kRows = 192;         // whose factors stay in the second one
+constexpr Size kRows = 192;         // whose factors stay in the second one,
+constexpr Size kDeep = 1024;        // if there are no more of each
 
 // y = x m, rounded to O. Each of x and m may lie transposed in memory. The factors of m are packed
 // first, panel by panel; those of x lie as they are needed, unless they must be transposed.
@@ -1118,15 +1151,33 @@ struct Product {
                       std::min(kInner, Inner() - i), kPanel, i > 0);
   }
 
+  // The same of all panels. Rows that are too long for the second cache would come from memory with
+  // each panel: of these a part of the inner dimension after the other meets all of them.
+  void Deep(Size from, Size count) const {
+    constexpr bool in_place = std::is_same_v<O, float>;
+    const Size width = in_place ? columns : Panels() * kPanel;
+    std::vector<float> sums(in_place ? 0 : count * width);
+    const MatrixOf<Pair> some{X().row(from), X().stride};
+    Matrix to{sums.data(), width};
+    if constexpr (in_place) to.data = y + from * columns;
+    for (Size i = 0; i < Inner(); i += kInner)
+      for (Size j = 0; j < columns; j += kPanel)
+        MultiplyInTiles(some.from(i), {Panel(j / kPanel).row(i), kPanel}, {to.data + j, width},
+                        count, std::min(kInner, Inner() - i), std::min(kPanel, width - j), i > 0);
+    if constexpr (!in_place)
+      for (Size r = 0; r < count; ++r)
+        for (Size j = 0; j < columns; j += kPanel)
+          Write(RowOf(to.row(r) + j), y + (from + r) * columns + j, std::min(kPanel, columns - j));
+  }
+
   void operator()(Size from, Size count) const {
+    if constexpr (N == 1)
+      if (Inner() > kDeep) return Deep(from, count);
     alignas(64) float tiles[N][kRows * kPanel];
     for (Size j = 0; j < columns; j += kPanel) {
       for (int n = 0; n < N; ++n) Multiply(from, count, j / kPanel * N + n, tiles[n]);
       for (Size r = 0; r < count; ++r) {
-        const auto row = [&](int n) {
-          const float* const from = tiles[n] + r * kPanel;
-          return Row{Load<Vector>(from), Load<Vector>(from + kLanes)};
-        };
+        const auto row = [&](int n) { return RowOf(tiles[n] + r * kPanel); };
         const Size at = (from + r) * columns + j, size = std::min(kPanel, columns - j);
         if constexpr (N == 1)
           Write(row(0), y + at, size);
@@ -1137,6 +1188,7 @@ struct Product {
   }
 
   using Row = std::array<Vector, 2>;  // of a panel
+  static Row RowOf(const float* from) { return {Load<Vector>(from), Load<Vector>(from + kLanes)}; }
 
   static void Write(const Row& row, O* to, Size size) {
     if (size < kPanel) {

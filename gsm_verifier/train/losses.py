@@ -125,9 +125,7 @@ def _total_forward(rows: _Rows, table: jax.Array, pieces: Any) -> tuple[jax.Arra
     not with every piece."""
     B, n = pieces[0].shape[1], parts("B")
     n = n if B % n == 0 else 1
-    narrow = table.astype(
-        pieces[0].dtype
-    )  # once: what a condition needs XLA makes with every piece
+    narrow = table.astype(pieces[0].dtype)  # in a condition XLA would with every piece
 
     def by_device(x: jax.Array) -> jax.Array:
         return constrain(x.reshape(n, B // n, *x.shape[1:]), ("B", *[None] * x.ndim))
