@@ -1,8 +1,9 @@
 """What is in C++ against what JAX makes of it, which takes its place where there is no compiler."""
 
+import functools
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from conftest import make_config
 
 from gsm_verifier import sharding
-from gsm_verifier.model import cpu_kernels
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import (
     CACHE,
     HIDDEN,
@@ -375,13 +376,114 @@ def test_a_products_rows_do_not_depend_on_those_beside_them() -> None:
     np.testing.assert_array_equal(some[:, :200], whole[:, 11:211])
 
 
+@needs_tiles
+@pytest.mark.parametrize("rows", [16, 1040])
+@pytest.mark.parametrize("columns", [31, 700])
+@pytest.mark.parametrize("inner", [2048, 2114])  # more than the second cache takes
+def test_products_of_long_rows(rows: int, inner: int, columns: int) -> None:
+    x, m = factors((rows, inner), (columns, inner))
+    exact = np.einsum("BV,DV->BD", *(np.asarray(a, np.float64) for a in (x, m)))
+    assert cpu_kernels.in_tiles("BV,DV->BD", x, m)
+    for dtype, share in (("float32", 1e-6), ("bfloat16", 2**-8)):
+        found = jax.jit(cpu_kernels.product, static_argnums=(0, 3))("BV,DV->BD", x, m, dtype)
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), exact, atol=share * np.abs(exact).max()
+        )
+
+
+ACTIVATED = {
+    False: lambda x: x / (1 + np.exp(-x)),
+    True: lambda x: x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+}
+
+
+@needs_tiles
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("columns", [37, 96])
+def test_a_gate_lets_through_what_its_activation_says(columns: int, gelu: bool) -> None:
+    """By numpy in float64, of the products as they are rounded."""
+    formula, spread = "BTD,DF->BTF", np.linspace(0.01, 3, columns)
+    x, gate, value = factors((2, 600, 96), (96, columns), (96, columns))
+    gate = gate * jnp.asarray(spread, jnp.bfloat16)  # some are far from 0, some near
+    assert cpu_kernels.in_tiles(formula, x, gate)
+    product = jax.jit(cpu_kernels.product, static_argnums=(0, 3))
+    products = [product(formula, x, w, "bfloat16") for w in (gate, value)]
+    gated = jax.jit(cpu_kernels.gated, static_argnums=(0, 4, 5))
+    found, *kept = gated(formula, x, gate, value, gelu, True)
+    jax.tree.map(np.testing.assert_array_equal, kept, products)
+    with np.errstate(over="ignore"):
+        first, second = (np.asarray(p, np.float64) for p in products)
+        exact = ACTIVATED[gelu](first) * second
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-13)
+    alone, *nothing = gated(formula, x, gate, value, gelu, False)
+    np.testing.assert_array_equal(alone, found)
+    assert [part.size for part in nothing] == [0, 0]
+
+
+@needs_tiles
+@pytest.mark.parametrize("family", ["swiglu", "geglu"])
+def test_the_gradient_of_what_a_gate_lets_through(family: str) -> None:
+    """As of the two products and the activation by themselves, but for rounding."""
+    formula = "BTD,DF->BTF"
+    x, *ws = factors((1, 1024, 64), (64, 96), (64, 96))
+    ws = [w.astype(jnp.float32) / 8 for w in ws]
+
+    def apart(x: jax.Array, *ws: jax.Array) -> jax.Array:
+        products = (transformer._product(formula, True, True, x, w) for w in ws)
+        return transformer._activated(family, *products)
+
+    def gradients(way: Callable[..., jax.Array]) -> Any:
+        def loss(*arrays: jax.Array) -> jax.Array:
+            return jnp.sin(way(*arrays).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(x, *ws)
+
+    ours = functools.partial(transformer._gated, family, formula)
+    assert cpu_kernels.TARGET in jax.jit(ours).lower(x, *ws).as_text()
+    for a, b in zip(gradients(ours), gradients(apart), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        a, b = (np.asarray(part, np.float32) for part in (a, b))
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+@needs_tiles
+@pytest.mark.parametrize("formula", ["BD,VD->BV", "BD,DV->BV"])
+@pytest.mark.parametrize(("V", "text_size"), [(100, 77), (1000, 1000), (3000, 2991)])
+def test_cross_entropy_errs_by_rounding_only(formula: str, V: int, text_size: int) -> None:
+    """By numpy in float64: its gradient too, of rows of which some have no weight."""
+    B, D = 333, 96
+    x, table = factors((B, D), (V, D))
+    rng = np.random.default_rng(1)
+    target_B = rng.integers(0, text_size, B).astype(np.int32)
+    weight_B = (rng.random(B) * (rng.random(B) < 0.8)).astype(np.float32)
+    logits = np.einsum("BD,VD->BV", *(np.asarray(a, np.float64) for a in (x, table)))
+    logits = logits[:, :text_size]
+    assert np.ptp(logits) > 60  # more than floats could tell from each other without the highest
+    log_total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    rows = np.arange(B)
+    expected = weight_B * (log_total - logits[rows, target_B])
+    gradient = np.zeros((B, V))
+    gradient[:, :text_size] = np.exp(logits - log_total[:, None])
+    gradient[rows, target_B] -= 1
+    gradient *= weight_B[:, None]
+
+    lying = jnp.asarray(table.T if "DV" in formula else table)
+    found = jax.jit(cpu_kernels.cross_entropy, static_argnums=(0, 5, 6))
+    loss, d_logits = found(formula, x, lying, target_B, weight_B, text_size, True)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(d_logits, np.float64), gradient, rtol=2**-8, atol=1e-5)
+    assert not d_logits[:, text_size:].any()
+    alone, nothing = found(formula, x, lying, target_B, weight_B, text_size, False)
+    np.testing.assert_array_equal(alone, loss)
+    assert nothing.size == 0
+
+
 def test_products_are_in_cpp_where_that_is_faster(make_mesh) -> None:
     x, w = factors((2, 600, 96), (96, 40))
     formula = "BTD,DF->BTF"
     assert cpu_kernels.multiplies(formula, x, w) == cpu_kernels.has_tiles()
     assert not cpu_kernels.multiplies(formula, x[:, :500], w)  # few positions
     assert not cpu_kernels.multiplies(formula, x.astype(jnp.float32), w)
-    assert not cpu_kernels.multiplies("BTD,DV->BTV", x, w)  # the table
     assert not cpu_kernels.multiplies(formula, x[:, :, :95], w[:95])  # an odd inner dimension
     assert not cpu_kernels.multiplies("BTD,FD->FBT", x, w.T)  # not a product of matrices
     with jax.set_mesh(make_mesh(2, 1, 1)):

@@ -1,6 +1,7 @@
 """Hugging Face directories against transformers itself, and what is refused."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,7 @@ OWN: dict[str, Any] = dict(
 )
 
 
+@functools.cache
 def own_model(family: str, mesh: Mesh, **changes: Any) -> tuple[ModelConfig, Params]:
     """A model as training from scratch makes it, with every parameter moved."""
     config = ModelConfig(**{**OWN, "max_length": 128, **FAMILIES[family], **changes})

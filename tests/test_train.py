@@ -23,7 +23,7 @@ from gsm_verifier import checkpoint, metrics, processes, sharding
 from gsm_verifier import config as config_module
 from gsm_verifier.data.packing import FIELDS, PackedRows, Tree
 from gsm_verifier.metrics import Metrics
-from gsm_verifier.model import transformer
+from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import Packed
 from gsm_verifier.model.config import ModelConfig
 from gsm_verifier.model.transformer import Params, Transformer
@@ -332,6 +332,38 @@ def test_no_logits_are_computed_where_there_is_no_loss() -> None:
     expected, found = (both(make_params(config), x) for x in (hidden, unknown))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert np.array_equal(np.any(found[1][1] != 0, -1), weighs_BT)
+
+
+@pytest.mark.skipif(not cpu_kernels.has_tiles(), reason="the processor has no tiles (AMX)")
+def test_the_loss_in_tiles_is_that_of_jax() -> None:
+    """Of pieces of more positions, of which some have no loss; for a mean of rounded gradients."""
+    rng = np.random.default_rng(0)
+    B, T = 2, 1280
+    fields = {name: np.zeros((B, T), dtype) for name, dtype in FIELDS.items()}
+    fields["targets"] = rng.integers(0, 60, (B, T))
+    fields["lm_weight"] = rng.random((B, T)) * (rng.random((B, T)) < 0.4)
+    batch = Batch.of(fields)
+    hidden = jnp.asarray(rng.normal(size=(B, T, 32)), jnp.bfloat16)
+
+    def found(attention: str) -> tuple[str, Any]:
+        config = make_config(dtype="bfloat16", text_size=60, attention=attention)
+
+        def loss(params: Params, hidden: jax.Array) -> jax.Array:
+            return losses.cross_entropy_sum(config, params, hidden, batch, 128)
+
+        params = make_params(config)
+        both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        value, gradients = both(params, hidden)
+        np.testing.assert_allclose(jax.jit(loss)(params, hidden), value, rtol=1e-6)
+        return both.lower(params, hidden).as_text(), (value, gradients)
+
+    (ours, one), (theirs, other) = found("auto"), found("jax")
+    assert "cross_entropy_bfloat16" in ours
+    assert cpu_kernels.TARGET not in theirs
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.linalg.norm(a - b) <= 2e-3 * np.linalg.norm(b)
 
 
 def factors(program: str) -> list[str]:
