@@ -350,7 +350,7 @@ def _matrices(formula: str, x: jax.Array, m: jax.Array) -> _Matrices | None:
 
 
 def in_tiles(formula: str, x: jax.Array, m: jax.Array) -> bool:
-    """Can it be one of `product`, `gated` and `cross_entropy`? On one device that has tiles."""
+    """Can `product`, `gated` or `cross_entropy` make it? On one device that has tiles."""
     mesh = jax.sharding.get_abstract_mesh()
     if x.dtype != jnp.bfloat16 or mesh.size > 1:
         return False
@@ -359,7 +359,7 @@ def in_tiles(formula: str, x: jax.Array, m: jax.Array) -> bool:
 
 
 def multiplies(formula: str, x: jax.Array, m: jax.Array) -> bool:
-    """Is `product` faster than XLA too? Of enough positions."""
+    """And is that faster than what XLA makes? Of enough positions."""
     positions = math.prod(n for a, n in zip(formula, x.shape, strict=False) if a in "BT")
     return positions >= LEAST and in_tiles(formula, x, m)
 
@@ -371,11 +371,13 @@ def _multiplied(
     ms: Sequence[jax.Array],
     results: Sequence[tuple[str, Any]],
     *others: jax.Array,
+    passes: int = 1,
     **words: Any,
 ) -> tuple[jax.Array, ...]:
     """What a work makes of the products of x and each of one or two m's.
 
     Args:
+      passes: how often it multiplies.
       results: letters and dtype of each; without a dtype there is nothing of it.
       others: arrays that it needs besides, whose only letter is B.
     """
@@ -392,7 +394,7 @@ def _multiplied(
         (of_x, *[of_m] * len(ms), *["B"] * len(others)),
         (*(letters if dtype else PACKED for letters, dtype in results), PACKED),
         lambda *_: (*like, room),
-        lambda *_: 2 * rows * matrices.inner * matrices.columns * len(ms),
+        lambda *_: 2 * rows * matrices.inner * matrices.columns * len(ms) * passes,
         x,
         *ms,
         *others,
@@ -453,5 +455,6 @@ def cross_entropy(
         [("B", jnp.dtype(jnp.float32)), ("BV", x_BD.dtype if gradient else None)],
         target_B.astype(jnp.int32),
         weight_B,
+        passes=1 + gradient,
         text_size=np.int64(text_size),
     )

@@ -265,7 +265,7 @@ def _unrolled(config: ModelConfig) -> bool:
 
 
 def _activated(name: str, first: jax.Array, *second: jax.Array) -> jax.Array:
-    """The activation, times the second where it is gated.
+    """The activation of the first, times the second where there is one.
 
     In float32: XLA:CPU takes twice the time to round each step.
     """
@@ -277,7 +277,7 @@ def _activated(name: str, first: jax.Array, *second: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated(name: str, formula: str, x: jax.Array, w_gate: jax.Array, w_in: jax.Array) -> jax.Array:
-    """`_activated` of the two products, in C++."""
+    """`_activated` of x's products with the two, in C++."""
     return _gated_in_cpp(name, formula, x, w_gate, w_in, keep=False)[0]
 
 
@@ -535,8 +535,8 @@ class Transformer(nn.Module):
         Args:
           all_ids: those of ids that aren't text too; else these are never likely.
         """
-        found = _capped(self.config, dots(self._table(), hidden))
-        return found if all_ids else text_only(self.config, found)
+        found = dots(self._table(), hidden)
+        return _capped(self.config, found) if all_ids else logits_of(self.config, found)
 
     def value(self, hidden: jax.Array) -> jax.Array:
         """The verifier's raw value, float32 [...]: gain * logit of the reserved token + bias."""

@@ -33,23 +33,25 @@ def squashed(raw: jax.Array, squash: str) -> jax.Array:
     return jax.nn.sigmoid(raw) if squash == "sigmoid" else raw
 
 
-class _Rows(NamedTuple):
-    """Rows of positions, and how their logits are made."""
+class _Head(NamedTuple):
+    """What a language model's loss is computed by, besides its table.
+
+    Attributes:
+      letters: of the table, "VD" or transposed "DV".
+    """
 
     config: ModelConfig
-    letters: str  # of the table
+    letters: str
 
     @property
     def formula(self) -> str:
+        """Of the logits."""
         return f"BD,{self.letters}->BV"
 
-    @property
-    def kernel(self) -> bool:
-        return by_kernel(self.config.attention, cap=self.config.logit_cap)
-
     def in_tiles(self, table: jax.Array, hidden: jax.Array) -> bool:
-        """Is it the kernel that makes their loss?"""
-        return self.kernel and cpu_kernels.in_tiles(self.formula, hidden, table)
+        """Is the loss of these rows computed in C++, and never their logits written?"""
+        kernel = by_kernel(self.config.attention, self.config.logit_cap)
+        return kernel and cpu_kernels.in_tiles(self.formula, hidden, table)
 
     def loss(
         self,
@@ -59,7 +61,7 @@ class _Rows(NamedTuple):
         weight_BC: jax.Array,
         gradient: bool,
     ) -> tuple[jax.Array, Any]:
-        """The sum of their weighted cross-entropy; and its gradient by `transformer.dots`."""
+        """The sum of the weighted cross-entropy, and its gradient by `transformer.dots`."""
 
         def entropy(dots_BCV: jax.Array) -> jax.Array:
             logits_BCV = transformer.logits_of(self.config, dots_BCV)
@@ -93,8 +95,8 @@ class _Rows(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(rows: _Rows, table: jax.Array, pieces: Any) -> jax.Array:
-    """The sum of the rows' loss over the first axis of the arrays in `pieces`.
+def _total(head: _Head, table: jax.Array, pieces: Any) -> jax.Array:
+    """The sum of the head's loss over the first axis of the arrays in `pieces`.
 
     The last array is the weights; a piece that has none isn't computed.
 
@@ -108,7 +110,7 @@ def _total(rows: _Rows, table: jax.Array, pieces: Any) -> jax.Array:
         weighs, *piece = piece
 
         def loss() -> jax.Array:
-            return rows.loss(table, *piece, gradient=False)[0]
+            return head.loss(table, *piece, gradient=False)[0]
 
         return total + jax.lax.cond(weighs, loss, lambda: 0.0), None
 
@@ -120,7 +122,7 @@ def _weigh(pieces: Any) -> jax.Array:
     return (pieces[-1] != 0).any(range(1, pieces[-1].ndim))
 
 
-def _total_forward(rows: _Rows, table: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
+def _total_forward(head: _Head, table: jax.Array, pieces: Any) -> tuple[jax.Array, Any]:
     """Each device adds up the gradients of its own rows, so that they are summed over devices once,
     not with every piece."""
     B, n = pieces[0].shape[1], parts("B")
@@ -135,29 +137,29 @@ def _total_forward(rows: _Rows, table: jax.Array, pieces: Any) -> tuple[jax.Arra
 
         def added() -> tuple[Any, jax.Array]:
             if n == 1:  # what is in C++ has no other way
-                each = jax.tree.map(lambda x: x[None], rows.gradients(narrow, *piece))
+                each = jax.tree.map(lambda x: x[None], head.gradients(narrow, *piece))
             else:
-                each = jax.vmap(rows.gradients, (None, 0, 0, 0))(narrow, *map(by_device, piece))
+                each = jax.vmap(head.gradients, (None, 0, 0, 0))(narrow, *map(by_device, piece))
             *sums, d_hidden = each
             return jax.tree.map(jnp.add, carry, tuple(sums)), d_hidden.reshape(piece[0].shape)
 
         return jax.lax.cond(weighs, added, lambda: (carry, jnp.zeros_like(piece[0])))
 
-    own = ("B", *(letter if letter == "V" else None for letter in rows.letters))
+    own = ("B", *(letter if letter == "V" else None for letter in head.letters))
     zero = constrain(jnp.zeros((n, *table.shape)), own)
     (total, d_table), d_hidden = jax.lax.scan(add, (jnp.zeros(n), zero), (_weigh(pieces), *pieces))
-    d_table = constrain(d_table.sum(0).astype(table.dtype), rows.letters)
+    d_table = constrain(d_table.sum(0).astype(table.dtype), head.letters)
     return total.sum(), (d_table, d_hidden)
 
 
-def _total_backward(rows: _Rows, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+def _total_backward(head: _Head, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     d_table, d_hidden = ((g * x).astype(x.dtype) for x in kept)
     return d_table, (d_hidden, None, None)
 
 
 _total.defvjp(_total_forward, _total_backward)
 
-IN_TILES = 1024  # positions at a time at least, or the table is packed too often
+IN_TILES = 1024  # positions at a time: of fewer the table would be packed too often
 
 
 def cross_entropy_sum(
@@ -170,10 +172,10 @@ def cross_entropy_sum(
     """
     B, T, D = hidden_BTD.shape
     # Else each chunk's gradient by the logits would be transposed for that by the table.
-    rows = _Rows(config, "DV" if transformer.lies_transposed(hidden_BTD) else "VD")
+    head = _Head(config, "DV" if transformer.lies_transposed(hidden_BTD) else "VD")
     table_VD = params["params"][transformer.table(config)]
-    table = jnp.einsum(f"VD->{rows.letters}", table_VD)
-    if rows.in_tiles(table, hidden_BTD.reshape(-1, D)):
+    table = jnp.einsum(f"VD->{head.letters}", table_VD)
+    if head.in_tiles(table, hidden_BTD.reshape(-1, D)):
         chunk = max(chunk, IN_TILES // B)
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
@@ -184,7 +186,7 @@ def cross_entropy_sum(
     ordered_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], 1)
     others = (batch.targets_BT, batch.lm_weight_BT)
     arrays = (ordered_BTD, *(jnp.take_along_axis(x, order_BT, 1) for x in others))
-    return _total(rows, table, tuple(map(pieces, arrays)))
+    return _total(head, table, tuple(map(pieces, arrays)))
 
 
 def loss_sums(
