@@ -1,11 +1,13 @@
 // What XLA:CPU makes slow programs of. Attention that computes what is visible only, where XLA
 // multiplies with everything and masks; draws, for which XLA runs over all logits five times; and
-// products of bfloat16 by tiles (AMX), whose results XLA writes as floats before it rounds them.
+// products of bfloat16 by tiles (AMX), whose results XLA writes as floats before it rounds them, or
+// computes a loss or an activation of them.
 //
 // `Decode` is one step of the sampler: each slot's key and value are put into its own branch's page,
 // in place, and its query looks over its prompt, read once for all of its slots, and its branch.
 // `Whole` is rows of trees of sequences that see themselves, forwards and backwards. `Draw`
-// draws a token of each slot's logits. `Product` is one of two matrices, where there are tiles.
+// draws a token of each slot's logits. Where there are tiles, `Product` is one of two matrices, or of
+// one with two and what a gate lets through of these, and `CrossEntropy` the loss of a product.
 //
 // Attention in bfloat16 multiplies pairs of numbers where the processor can, which rounds weights,
 // and scaled queries of the sampler, to bfloat16; its instruction takes subnormal numbers for 0. Where
@@ -1100,8 +1102,8 @@ void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
 #ifdef TILES
 constexpr Size kPanel = 2 * kTile;  // columns
 constexpr Size kInner = 288;        // factors of a panel, which stay in the nearest cache
-constexpr Size kRows = 192;         // whose factors stay in the second one,
-constexpr Size kDeep = 1024;        // if there are no more of each
+constexpr Size kRows = 192;         // whose factors stay in the second one
+constexpr Size kDeep = 1024;        // while there are no more of each
 
 // y = x m, rounded to O. Each of x and m may lie transposed in memory. The factors of m are packed
 // first, panel by panel; those of x lie as they are needed, unless they must be transposed.
@@ -1117,7 +1119,7 @@ struct Product {
   O* y;
   Pair* room;
   std::array<O*, N> factors{};
-  bool gelu = false;
+  bool gelu = false;  // or silu
 
   Size Inner() const { return Factors<Pair>::Count(inner); }
   Size Panels() const { return (columns + kPanel - 1) / kPanel * N; }
@@ -1143,7 +1145,7 @@ struct Product {
                        std::min(kPanel, rows - from), {X().row(from), X().stride});
   }
 
-  // Rows of x by a panel.
+  // Some rows of x by a panel.
   void Multiply(Size from, Size count, Size panel, float* tile) const {
     const MatrixOf<Pair> some{X().row(from), X().stride}, of = Panel(panel);
     for (Size i = 0; i < Inner(); i += kInner)
@@ -1228,9 +1230,10 @@ struct Product {
   }
 };
 
-// Cross-entropy of rows whose logits are a product with the vocabulary's table, and its gradient by
-// them, which is `logits.y` if there is one; each row's times its weight. Logits are computed twice, as they would
-// have to be written in full precision and read twice else. No other ids than those of text count.
+// Cross-entropy of rows whose logits are a product with the vocabulary's table, each times its
+// weight; and its gradient by them, which is `logits.y`, if there is one. They are computed twice,
+// else they would have to be written in full precision and read again. Ids that aren't text have
+// none.
 struct CrossEntropy {
   Product<Bfloat16> logits;
   Size text_size;
@@ -1266,8 +1269,9 @@ struct CrossEntropy {
       const Size target = target_R[from + r] - column;
       Product<Bfloat16>::Row gradient;
       for (int i = 0; i < 2; ++i) {
-        const Vector one = (kLaneNumbers + int32_t(i * kLanes) == int32_t(target)) ? Vector{} + 1.0f : Vector{};
-        gradient[i] = weight_R[from + r] * (Weight(x[i] - log_total[r]) - one);
+        const Integers is_target = kLaneNumbers + int32_t(i * kLanes) == int32_t(target);
+        const Vector probability = Weight(x[i] - log_total[r]);
+        gradient[i] = weight_R[from + r] * (is_target ? probability - 1.0f : probability);
       }
       Product<Bfloat16>::Write(gradient, logits.y + (from + r) * logits.columns + column,
                                std::min(kPanel, logits.columns - column));
