@@ -1,12 +1,13 @@
-"""What is in C++ on CPU beside what JAX makes of it: a layer's attention, draws and products.
+"""What is in C++ on CPU beside what JAX makes of it: a layer's attention, draws, products, loss.
 
     python -m benchmarks.cpu_kernels
 
 Prints one JSON line: of a step of the sampler, of whole rows without and with their gradient, of
 the draws of all slots, and in bfloat16 on a processor with tiles (AMX) of a feed-forward layer's
-first product without and with its gradient, the median milliseconds a call of each way, by the
-clock and of the processors. The caches of several layers take turns, as in a model: none stays in
-the cache of the processor.
+first product, of gate and in and what comes of them, and of the language model's loss, without and
+with their gradients, the median milliseconds a call of each way, by the clock and of the
+processors. The caches of several layers take turns, as in a model: none stays in the cache of the
+processor.
 """
 
 import argparse
@@ -23,11 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsm_verifier.config import default
+from gsm_verifier.data.packing import FIELDS
 from gsm_verifier.model import cpu_kernels, transformer
 from gsm_verifier.model.attention import BranchCache, Branches, Look, by_rows
 from gsm_verifier.plan import model_of
 from gsm_verifier.sample import decode
 from gsm_verifier.sample.engine import sampling_of
+from gsm_verifier.train.batch import Batch
+from gsm_verifier.train.losses import Objective, cross_entropy_sum
 
 K, G, H = 3, 3, 64
 P, C, S, W, J = 8, 160, 96, 60, 4  # of the sampler
@@ -36,8 +40,19 @@ LAYERS = 4
 B, T, PROBLEM = 2, 1024, 190  # of whole rows: packed problems of so many positions
 TEXT = 49152  # ids of text
 D, F = K * G * H, 2 * 1536  # of products: gate and in
+FORMULA = "BTD,DF->BTF"
 
 Calls = dict[str, Callable[[], Any]]
+
+
+def called(way: Callable[..., jax.Array], gradient: bool, *arrays: jax.Array) -> Any:
+    """A call of a way, compiled, without or with its gradient by all arrays."""
+
+    def both(*arrays: jax.Array) -> Any:
+        found, back = jax.vjp(way, *arrays)
+        return found, back(found)
+
+    return functools.partial(jax.jit(both if gradient else way), *arrays)
 
 
 def step(normal: Callable[..., jax.Array], rng: np.random.Generator) -> Calls:
@@ -75,11 +90,7 @@ def rows(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
         def out(*qkv: jax.Array) -> jax.Array:
             return way(*qkv, end_BT, scale=H**-0.5)
 
-        def both(*qkv: jax.Array) -> Any:
-            found, back = jax.vjp(out, *qkv)
-            return back(found)
-
-        return functools.partial(jax.jit(both if gradient else out), q, k, v)
+        return called(out, gradient, q, k, v)
 
     def kernel(*arrays: jax.Array, scale: float) -> jax.Array:
         return cpu_kernels.whole_attention(*arrays, end_BT, jnp.int32(0), scale)  # no window
@@ -102,21 +113,46 @@ def draws(normal: Callable[..., jax.Array]) -> Calls:
     return {"kernel": calls("auto"), "jax": calls("jax")}
 
 
+def _product(kernel: bool) -> Callable[..., jax.Array]:
+    return lambda x, w: transformer._product(FORMULA, True, kernel, x, w).astype(x.dtype)
+
+
 def products(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
     """Of whole rows with weights."""
-    x_BTD, w_DF = normal(B, T, D), normal(D, F)
+    return {
+        "kernel": called(_product(True), gradient, normal(B, T, D), normal(D, F)),
+        "jax": called(_product(False), gradient, normal(B, T, D), normal(D, F)),
+    }
 
-    def calls(kernel: bool) -> Callable[[], Any]:
-        def out(x: jax.Array, w: jax.Array) -> jax.Array:
-            return transformer._product("BTD,DF->BTF", True, kernel, x, w).astype(x.dtype)
 
-        def both(x: jax.Array, w: jax.Array) -> Any:
-            found, back = jax.vjp(out, x, w)
-            return found, back(found)
+def gates(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
+    """Of whole rows with gate and in, activated."""
 
-        return functools.partial(jax.jit(both if gradient else out), x_BTD, w_DF)
+    def apart(x: jax.Array, *ws: jax.Array) -> jax.Array:
+        return transformer._activated("swiglu", *(_product(False)(x, w) for w in ws))
 
-    return {"kernel": calls(True), "jax": calls(False)}
+    at_once = functools.partial(transformer._gated, "swiglu", FORMULA)
+    arrays = (normal(B, T, D), normal(D, F // 2), normal(D, F // 2))
+    return {"kernel": called(at_once, gradient, *arrays), "jax": called(apart, gradient, *arrays)}
+
+
+def loss(normal: Callable[..., jax.Array], gradient: bool) -> Calls:
+    """The language model's, of whole rows."""
+    model = model_of(default(), "cpu").with_(width=D, text_size=TEXT, dtype="bfloat16")
+    batch = Batch.of({name: np.ones((B, T), dtype) for name, dtype in FIELDS.items()})
+    hidden_BTD = normal(B, T, D)
+    table_VD = normal(model.vocab_size, D).astype(jnp.float32) / D**0.5
+
+    def calls(attention: str) -> Callable[[], Any]:
+        config = model.with_(attention=attention)
+
+        def summed(table: jax.Array, hidden: jax.Array) -> jax.Array:
+            params = {"params": {transformer.table(config): table}}
+            return cross_entropy_sum(config, params, hidden, batch, Objective().chunk)
+
+        return called(summed, gradient, table_VD, hidden_BTD)
+
+    return {"kernel": calls("auto"), "jax": calls("jax")}
 
 
 def measure(ways: Calls, rounds: int, calls: int) -> dict[str, dict[str, float]]:
@@ -162,8 +198,9 @@ def main() -> None:
         "draws": draws(normal),
     }
     if options.dtype == "bfloat16" and cpu_kernels.has_tiles():
-        works["products"] = products(normal, gradient=False)
-        works["products_with_gradient"] = products(normal, gradient=True)
+        for name, work in (("products", products), ("gates", gates), ("loss", loss)):
+            works[name] = work(normal, gradient=False)
+            works[f"{name}_with_gradient"] = work(normal, gradient=True)
     told = {name: measure(ways, options.rounds, options.calls) for name, ways in works.items()}
     print(json.dumps({"dtype": options.dtype} | told))
 
