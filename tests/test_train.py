@@ -359,6 +359,7 @@ def test_the_loss_in_tiles_is_that_of_jax() -> None:
 
     (ours, one), (theirs, other) = found("auto"), found("jax")
     assert "cross_entropy_bfloat16" in ours
+    assert ours.count("product_bfloat16") == 2  # its gradients' products
     assert cpu_kernels.TARGET not in theirs
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)

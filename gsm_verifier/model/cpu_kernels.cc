@@ -598,7 +598,7 @@ Vector Exp(Vector x) {
   return p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
 }
 
-// The same, but what a weight of full precision can't be is none.
+// The same, but what a weight of full precision can't be is none: it must never be drawn.
 Vector Weight(Vector x) { return x < -87.0f ? Vector{} : Exp(x); }
 
 float Top(Vector x) {
@@ -779,13 +779,6 @@ struct Decode {
 };
 
 constexpr Size kQueries = 16;  // positions whose queries are worked on together
-// Backwards, where each time the gradients of all that they see are read and written, which is most
-// of the work of tiles.
-#ifdef TILES
-constexpr Size kBack = 32;
-#else
-constexpr Size kBack = 16;
-#endif
 
 // Rows of T positions, each of which is seen by itself and by those after it that are before its
 // end, if their place in the sequence is less than a window after its own. Their queries, keys,
@@ -795,6 +788,13 @@ constexpr Size kBack = 16;
 template <typename E, typename X>
 struct Whole {
   static constexpr Size kPer = Factors<X>::kPer;
+#ifdef TILES
+  // Backwards more: each time the gradients of all that they see are read and written, which is most
+  // of the work of tiles.
+  static constexpr Size kBack = (kPer == 2 ? 2 : 1) * kQueries;
+#else
+  static constexpr Size kBack = kQueries;
+#endif
 
   Size B, T, K, G, H;
   float scale;
@@ -1103,7 +1103,7 @@ void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
 constexpr Size kPanel = 2 * kTile;  // columns
 constexpr Size kInner = 288;        // factors of a panel, which stay in the nearest cache
 constexpr Size kRows = 192;         // whose factors stay in the second one
-constexpr Size kDeep = 1024;        // while there are no more of each
+constexpr Size kDeep = 1024;        // factors of a row: of more they don't, see Product::Deep
 
 // y = x m, rounded to O. Each of x and m may lie transposed in memory. The factors of m are packed
 // first, panel by panel; those of x lie as they are needed, unless they must be transposed.
@@ -1118,7 +1118,7 @@ struct Product {
   std::array<const Bfloat16*, N> m;
   O* y;
   Pair* room;
-  std::array<O*, N> factors{};
+  std::array<O*, N> products{};
   bool gelu = false;  // or silu
 
   Size Inner() const { return Factors<Pair>::Count(inner); }
@@ -1208,8 +1208,8 @@ struct Product {
     Row through;
     for (int i = 0; i < 2; ++i) through[i] = Activation(Rounded(gate[i])) * Rounded(value[i]);
     Write(through, y + at, size);
-    if (factors[0]) Write(gate, factors[0] + at, size);
-    if (factors[1]) Write(value, factors[1] + at, size);
+    if (products[0]) Write(gate, products[0] + at, size);
+    if (products[1]) Write(value, products[1] + at, size);
   }
 
   static Vector Rounded(Vector x) {
@@ -1232,8 +1232,8 @@ struct Product {
 
 // Cross-entropy of rows whose logits are a product with the vocabulary's table, each times its
 // weight; and its gradient by them, which is `logits.y`, if there is one. They are computed twice,
-// else they would have to be written in full precision and read again. Ids that aren't text have
-// none.
+// else they would have to be written in full precision and read again. An id that isn't text has no
+// probability.
 struct CrossEntropy {
   Product<Bfloat16> logits;
   Size text_size;
@@ -1249,7 +1249,7 @@ struct CrossEntropy {
     std::fill_n(total, count, Vector{});
     std::fill_n(of_target, count, kHidden);
     Each(from, count, tile, [&](Size r, Size column, const Vector* x) {
-      const Size target = target_R[from + r] - column;
+      const Size target = Target(from + r, column);
       if (0 <= target && target < kPanel) of_target[r] = tile[r * kPanel + target];
       const Vector higher = x[0] > x[1] ? x[0] : x[1];
       if (_mm512_cmp_ps_mask((__m512)higher, (__m512)top[r], _CMP_GT_OQ)) {  // seldom, later on
@@ -1266,7 +1266,7 @@ struct CrossEntropy {
     }
     if (!logits.y) return;
     Each(from, count, tile, [&](Size r, Size column, const Vector* x) {
-      const Size target = target_R[from + r] - column;
+      const Size target = Target(from + r, column);
       Product<Bfloat16>::Row gradient;
       for (int i = 0; i < 2; ++i) {
         const Integers is_target = kLaneNumbers + int32_t(i * kLanes) == int32_t(target);
@@ -1276,6 +1276,11 @@ struct CrossEntropy {
       Product<Bfloat16>::Write(gradient, logits.y + (from + r) * logits.columns + column,
                                std::min(kPanel, logits.columns - column));
     });
+  }
+
+  // A row's target among the columns from one on; what isn't text is none.
+  Size Target(Size r, Size column) const {
+    return target_R[r] < text_size ? target_R[r] - column : -1;
   }
 
   // What work does with the two vectors of a row's logits in each panel.

@@ -324,8 +324,8 @@ class Mlp(nn.Module):
         formula = "BTD,DF->BTF"
         widenings = [widening(name) for name in (("gate", "in") if c.gated else ("in",))]
         w_DF, _ = widenings[0]
-        in_cpp = by_kernel(c.attention, cap=0) and cpu_kernels.multiplies(formula, x_BTD, w_DF)
-        if c.gated and not c.biases and in_cpp:
+        kernel = c.gated and not c.biases and by_kernel(c.attention, cap=0)
+        if kernel and cpu_kernels.multiplies(formula, x_BTD, w_DF):
             h_BTF = _gated(c.mlp, formula, x_BTD, *(w for w, _ in widenings))
         else:
             wide = (constrain(_project(c, formula, x_BTD, *own), "BTF") for own in widenings)

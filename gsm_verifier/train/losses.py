@@ -20,7 +20,8 @@ class Objective(NamedTuple):
     Attributes:
       loss: "mse" | "bce" between the value and the 0/1 label.
       squash: "none", the value is the head's output (the paper's reading), or "sigmoid".
-      chunk: positions whose logits exist at one time; the whole [B, T, V] never does.
+      chunk: positions of each row whose logits exist at one time. In tiles (AMX) those of none do,
+        and their gradients by logits of 1,024 in all.
     """
 
     loss: str = "mse"
@@ -38,20 +39,17 @@ class _Head(NamedTuple):
 
     Attributes:
       letters: of the table, "VD" or transposed "DV".
+      in_tiles: is the loss computed in C++, and are logits never written?
     """
 
     config: ModelConfig
     letters: str
+    in_tiles: bool
 
     @property
     def formula(self) -> str:
         """Of the logits."""
         return f"BD,{self.letters}->BV"
-
-    def in_tiles(self, table: jax.Array, hidden: jax.Array) -> bool:
-        """Is the loss of these rows computed in C++, and never their logits written?"""
-        kernel = by_kernel(self.config.attention, self.config.logit_cap)
-        return kernel and cpu_kernels.in_tiles(self.formula, hidden, table)
 
     def loss(
         self,
@@ -69,9 +67,9 @@ class _Head(NamedTuple):
             loss_BC = jax.nn.logsumexp(logits_BCV, -1) - picked_BC
             return (loss_BC * weight_BC).sum()
 
-        rows = tuple(x.reshape(-1, *x.shape[2:]) for x in (hidden_BCD, targets_BC, weight_BC))
-        if self.in_tiles(table, rows[0]):
-            hidden, *of_row = rows
+        if self.in_tiles:
+            arrays = (hidden_BCD, targets_BC, weight_BC)
+            hidden, *of_row = (x.reshape(-1, *x.shape[2:]) for x in arrays)
             loss_B, d_dots = cpu_kernels.cross_entropy(
                 self.formula, hidden, table, *of_row, self.config.text_size, gradient
             )
@@ -87,9 +85,8 @@ class _Head(NamedTuple):
         loss, d_dots = self.loss(table, hidden_BCD, *of_row, gradient=True)
         hidden = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
         d_dots_BV = d_dots.reshape(len(hidden), -1)
-        kernel = self.in_tiles(table, hidden)
         d_hidden, d_table = transformer.product_gradients(
-            self.formula, kernel, hidden, table, d_dots_BV
+            self.formula, self.in_tiles, hidden, table, d_dots_BV
         )
         return loss, d_table, d_hidden.reshape(hidden_BCD.shape).astype(hidden.dtype)
 
@@ -159,8 +156,6 @@ def _total_backward(head: _Head, kept: Any, g: jax.Array) -> tuple[Any, ...]:
 
 _total.defvjp(_total_forward, _total_backward)
 
-IN_TILES = 1024  # positions at a time: of fewer the table would be packed too often
-
 
 def cross_entropy_sum(
     config: ModelConfig, params: Params, hidden_BTD: jax.Array, batch: Batch, chunk: int
@@ -168,25 +163,40 @@ def cross_entropy_sum(
     """Weighted cross-entropy summed over the batch, of `chunk` positions of each row at a time.
 
     Those without a weight, which are most where a verifier is trained, come last in their rows, and
-    no logits are computed where nothing else is left.
+    no logits are computed where nothing else is left. In tiles all rows are one, and of it as many
+    positions at a time as these want at least: of fewer the table would be packed too often.
     """
-    B, T, D = hidden_BTD.shape
     # Else each chunk's gradient by the logits would be transposed for that by the table.
-    head = _Head(config, "DV" if transformer.lies_transposed(hidden_BTD) else "VD")
-    table_VD = params["params"][transformer.table(config)]
-    table = jnp.einsum(f"VD->{head.letters}", table_VD)
-    if head.in_tiles(table, hidden_BTD.reshape(-1, D)):
-        chunk = max(chunk, IN_TILES // B)
+    letters = "DV" if transformer.lies_transposed(hidden_BTD) else "VD"
+    table = jnp.einsum(f"VD->{letters}", params["params"][transformer.table(config)])
+    rows_BD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    kernel = by_kernel(config.attention, config.logit_cap)
+    in_tiles = kernel and cpu_kernels.multiplies(f"BD,{letters}->BV", rows_BD, table)
+    head = _Head(config, letters, in_tiles)
+
+    arrays = (hidden_BTD, batch.targets_BT, batch.lm_weight_BT)
+    if in_tiles:
+        chunk = cpu_kernels.LEAST
+        arrays = tuple(_one_row(x, chunk) for x in arrays)
+    B, T = arrays[-1].shape
     chunk = next(c for c in range(min(chunk, T), 0, -1) if T % c == 0)
 
     def pieces(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    order_BT = jnp.argsort(batch.lm_weight_BT == 0, axis=1, stable=True)
-    ordered_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], 1)
-    others = (batch.targets_BT, batch.lm_weight_BT)
-    arrays = (ordered_BTD, *(jnp.take_along_axis(x, order_BT, 1) for x in others))
-    return _total(head, table, tuple(map(pieces, arrays)))
+    order_BT = jnp.argsort(arrays[-1] == 0, axis=1, stable=True)
+
+    def ordered(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, order_BT.reshape(B, T, *[1] * (x.ndim - 2)), 1)
+
+    return _total(head, table, tuple(pieces(ordered(x)) for x in arrays))
+
+
+def _one_row(x: jax.Array, multiple: int) -> jax.Array:
+    """[B, T, ...] as one row, filled up with zeros to a multiple of so many positions."""
+    size = x.shape[0] * x.shape[1]
+    row = x.reshape(1, size, *x.shape[2:])
+    return jnp.pad(row, [(0, 0), (0, -size % multiple), *[(0, 0)] * (x.ndim - 2)])
 
 
 def loss_sums(
