@@ -70,7 +70,7 @@ Cross-entropy never writes logits: it multiplies once for the logarithm of their
 their gradient, rounded to bfloat16 as the products with it need it. Seven programs of XLA's ran
 over 512 positions' logits each, the table was cast for every such piece, and added to the table's
 gradient, 113 MB, as often. In profiles of a step of finetuning all that had to do with logits took
-34 % of the time, and takes 20.
+34 % of the time, and takes 20, of which 17 are these products and the loss.
 """
 
 import ctypes
