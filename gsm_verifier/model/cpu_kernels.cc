@@ -339,7 +339,7 @@ void Turn(MatrixOf<X> from, Size rows, Size size, MatrixOf<X> to) {
     for (Size i = 0; i < rows; ++i) to.at(j, i) = from.at(i, j);
 }
 
-// And these transposed, [size / kPer, count].
+// Of rows(i) the factors along them, transposed, [size / kPer, count].
 template <typename X, typename Rows>
 MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   const Size factors = Factors<X>::Count(size);
@@ -352,7 +352,7 @@ MatrixOf<X> Turned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   return to;
 }
 
-// And those across them transposed, [size, count / kPer].
+// And the factors across them, transposed, [size, count / kPer].
 template <typename X, typename Rows>
 MatrixOf<X> AcrossTurned(Rows rows, Size count, Size size, MatrixOf<X> to) {
   constexpr Size per = Factors<X>::kPer;
@@ -373,6 +373,7 @@ MatrixOf<X> TileAlong(Matrix tile, Size rows, Size columns, X* to) {
   const Size stride = Factors<X>::Count(columns);
   return Along<X>([=](Size i) { return tile.row(i); }, rows, columns, {to, stride});
 }
+
 // R rows and V vectors of columns of y = x m, or of y += x m.
 template <typename T, int R, int V, typename X, typename M>
 void Tile(X x, M m, Matrix y, Size inner, bool add) {
