@@ -401,18 +401,20 @@ ACTIVATED = {
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("columns", [37, 96])
 def test_a_gate_lets_through_what_its_activation_says(columns: int, gelu: bool) -> None:
-    """By numpy in float64, of the products as they are rounded."""
+    """By numpy in float64, of the products before they are rounded, which are kept rounded."""
     formula, spread = "BTD,DF->BTF", np.linspace(0.01, 3, columns)
     x, gate, value = factors((2, 600, 96), (96, columns), (96, columns))
     gate = gate * jnp.asarray(spread, jnp.bfloat16)  # some are far from 0, some near
     assert cpu_kernels.in_tiles(formula, x, gate)
     product = jax.jit(cpu_kernels.product, static_argnums=(0, 3))
-    products = [product(formula, x, w, "bfloat16") for w in (gate, value)]
+    products, precise = (
+        [product(formula, x, w, dtype) for w in (gate, value)] for dtype in ("bfloat16", "float32")
+    )
     gated = jax.jit(cpu_kernels.gated, static_argnums=(0, 4, 5))
     found, *kept = gated(formula, x, gate, value, gelu, True)
     jax.tree.map(np.testing.assert_array_equal, kept, products)
     with np.errstate(over="ignore"):
-        first, second = (np.asarray(p, np.float64) for p in products)
+        first, second = (np.asarray(p, np.float64) for p in precise)
         exact = ACTIVATED[gelu](first) * second
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-13)
     alone, *nothing = gated(formula, x, gate, value, gelu, False)

@@ -425,9 +425,21 @@ struct alignas(64) Shapes {
   }
 };
 
-// R and V tiles of y = x m, or of y += x m.
-template <int R, int V>
-void Block(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size inner, bool add) {
+// Rows whose factors are read as tiles: from one row of a tile to the next, from a tile to the next
+// along the rows, and to those of the next 16 rows.
+struct Tiled {
+  const Pair* data;
+  Size stride, along, below;
+};
+Tiled Lying(MatrixOf<Pair> x) { return {x.data, x.stride, kTile, kTile * x.stride}; }
+
+// R and V tiles of y = x m, or of y += x m. While tiles multiply, `meanwhile` is called once for each
+// of the inner dimension's, to do what waits for none of them.
+//
+// x passes once, where m's factors are read again for the next rows: it is asked for as a stream, so
+// that it doesn't drive these out of the nearest cache.
+template <int R, int V, typename Meanwhile>
+void Block(Tiled x, MatrixOf<Pair> m, Matrix y, Size inner, bool add, Meanwhile meanwhile) {
   const Size x_bytes = x.stride * sizeof(Pair), m_bytes = m.stride * sizeof(Pair);
   const Size y_bytes = y.stride * sizeof(float);
   const auto at = [&](Size r, Size v) { return y.row(r * kTile) + v * kTile; };
@@ -442,16 +454,17 @@ void Block(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size inner, bool add) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (Size i = 0; i < inner; i += kTile) {
-    _tile_loadd(4, x.row(0) + i, x_bytes);
+  for (Size i = 0; i < inner; i += kTile, x.data += x.along) {
+    _tile_stream_loadd(4, x.data, x_bytes);
     _tile_loadd(6, m.row(i), m_bytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (V == 2) {
       _tile_loadd(7, m.row(i) + kTile, m_bytes);
       _tile_dpbf16ps(1, 4, 7);
     }
+    meanwhile();
     if constexpr (R == 2) {
-      _tile_loadd(5, x.row(kTile) + i, x_bytes);
+      _tile_stream_loadd(5, x.data + x.below, x_bytes);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (R == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
@@ -462,37 +475,52 @@ void Block(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size inner, bool add) {
   if constexpr (R == 2 && V == 2) _tile_stored(3, at(1, 1), y_bytes);
 }
 
+// work() with tiles of such sizes.
+template <typename Work>
+void InTiles(Size rows, Size inner, Size columns, Work work) {
+  const Shapes shapes(rows, inner, columns);
+  asm volatile("" ::"r"(&shapes) : "memory");  // GCC doesn't know what is read by what follows
+  _tile_loadconfig(&shapes);
+  work();
+  _tile_release();
+  asm volatile("" ::: "memory");  // nor that it writes
+}
+
+// What is whole tiles of so many, and what is left: where they begin, and sizes.
+std::array<std::pair<Size, Size>, 2> Parts(Size size) {
+  const Size whole = size / kTile * kTile;
+  return {{{0, whole}, {whole, size - whole}}};
+}
+
 // Each size is one of whole tiles, or less than one.
 void Blocks(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size rows, Size inner, Size columns,
             bool add) {
-  const Shapes shapes(std::min(rows, kTile), std::min(inner, kTile), std::min(columns, kTile));
-  asm volatile("" ::"r"(&shapes) : "memory");  // GCC doesn't know what is read by what follows
-  _tile_loadconfig(&shapes);
-  for (Size j = 0; j < columns; j += 2 * kTile) {
-    const bool two = j + kTile < columns;
-    for (Size r = 0; r < rows; r += 2 * kTile) {
-      const MatrixOf<Pair> some{x.row(r), x.stride};
-      const Matrix to{y.row(r) + j, y.stride};
-      if (r + kTile < rows)
-        (two ? Block<2, 2> : Block<2, 1>)(some, m.from(j), to, inner, add);
-      else
-        (two ? Block<1, 2> : Block<1, 1>)(some, m.from(j), to, inner, add);
+  InTiles(std::min(rows, kTile), std::min(inner, kTile), std::min(columns, kTile), [=] {
+    for (Size j = 0; j < columns; j += 2 * kTile) {
+      const bool two = j + kTile < columns;
+      for (Size r = 0; r < rows; r += 2 * kTile) {
+        const Tiled some = Lying({x.row(r), x.stride});
+        const Matrix to{y.row(r) + j, y.stride};
+        const auto block = [=](auto rows, auto columns) {
+          Block<rows(), columns()>(some, m.from(j), to, inner, add, [] {});
+        };
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, 2> both;
+        if (r + kTile < rows)
+          two ? block(both, both) : block(both, one);
+        else
+          two ? block(one, both) : block(one, one);
+      }
     }
-  }
-  _tile_release();
-  asm volatile("" ::: "memory");  // nor that it writes
+  });
 }
 
 // So that which rows stand beside a row can't change its numbers, tiles multiply all of them.
 void MultiplyInTiles(MatrixOf<Pair> x, MatrixOf<Pair> m, Matrix y, Size rows, Size inner,
                      Size columns, bool add) {
-  const auto parts = [](Size size) {  // where they begin, and sizes
-    const Size whole = size / kTile * kTile;
-    return std::array<std::pair<Size, Size>, 2>{{{0, whole}, {whole, size - whole}}};
-  };
-  for (const auto& [i, inners] : parts(inner))
-    for (const auto& [r, some] : parts(rows))
-      for (const auto& [j, few] : parts(columns))
+  for (const auto& [i, inners] : Parts(inner))
+    for (const auto& [r, some] : Parts(rows))
+      for (const auto& [j, few] : Parts(columns))
         if (inners && some && few)
           Blocks({x.row(r) + i, x.stride}, {m.row(i) + j, m.stride}, {y.row(r) + j, y.stride}, some,
                  inners, few, add || i > 0);
@@ -1103,14 +1131,83 @@ void Share(ffi::ThreadPool& pool, Size rows, Size columns, Work work) {
 #ifdef TILES
 constexpr Size kPanel = 2 * kTile;  // columns
 constexpr Size kInner = 288;        // factors of a panel, which stay in the nearest cache
-constexpr Size kRows = 192;         // whose factors stay in the second one
-constexpr Size kDeep = 1024;        // factors of a row: of more they don't, see Product::Deep
+constexpr Size kRows = 288;         // whose factors stay in the second one
+constexpr Size kWide = 16;          // panels whose sums stay there, if they must
+constexpr Size kAhead = 48;         // rows after the one that is packed
 
-// y = x m, rounded to O. Each of x and m may lie transposed in memory. The factors of m are packed
-// first, panel by panel; those of x lie as they are needed, unless they must be transposed.
+struct alignas(64) PanelSums {
+  float of[kRows][kPanel];
+};
+struct alignas(64) PanelFactors {
+  Pair of[kInner][kPanel];
+};
+struct alignas(64) RowFactors {  // tile by tile, first along the rows
+  Pair of[kRows / kTile][kInner / kTile][kTile][kTile];
+  Tiled From(Size row) { return {of[row / kTile][0][0], kTile, kTile * kTile, kInner * kTile}; }
+};
+struct Kept {
+  std::vector<PanelSums> sums;
+  std::vector<PanelFactors> panels{2};
+  std::vector<RowFactors> rows{1};
+};
+
+// Jobs, numbered from 0, that are done as evenly as can be in so many steps.
+struct Spread {
+  Size jobs = 0, steps = 1, done = 0, due = 0;
+
+  template <typename Work>
+  void Step(Work work) {
+    for (due += jobs; due >= steps && done < jobs; due -= steps) work(done++);
+  }
+  template <typename Work>
+  void Rest(Work work) {
+    while (done < jobs) work(done++);
+  }
+};
+
+// At most so many numbers from a place on, 0 after them.
+__m512i Numbers(const Bfloat16* from, Size count) {
+  if (count >= 2 * kTile) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi16(count > 0 ? (1u << count) - 1 : 0, from);
+}
+
+// Of a matrix in memory, [rows, columns], 16 vectors of pairs from a place on, and zeros beyond it.
+struct Numbered {
+  const Bfloat16* data;
+  Size rows, columns;
+
+  // Pairs across two rows, those of 16 columns and of the next 16.
+  void Across(Size row, Size column, Vector* low, Vector* high) const {
+    const auto numbers = [=](Size i) {
+      return i < rows ? Numbers(data + i * columns + column, columns - column) : __m512i{};
+    };
+    for (Size i = 0; i < 2; ++i)  // rows that follow may lie apart
+      __builtin_prefetch(data + (row + kAhead + i) * columns + column);
+    const __m512i first = numbers(row), second = numbers(row + 1);
+    const Integers order = kLaneNumbers + ((kLaneNumbers + 32) << 16);
+    *low = (Vector)_mm512_permutex2var_epi16(first, (__m512i)order, second);
+    *high = (Vector)_mm512_permutex2var_epi16(first, (__m512i)(order + 0x100010), second);
+  }
+
+  // Pairs along 16 rows, from a column on.
+  void Along(Size row, Size column, Vector* to) const {
+    for (Size i = 0; i < kTile; ++i)
+      to[i] = row + i < rows
+                  ? (Vector)Numbers(data + (row + i) * columns + column, columns - column)
+                  : Vector{};
+  }
+};
+
+// y = x m, rounded to O. Each of x and m may lie transposed in memory.
+//
+// Where x has many rows, the factors of m are packed first, panel by panel, into `room`, and those of
+// x are read as they lie. Without room, both are packed where they are needed, part by part of the
+// inner dimension, into the caches of the thread that does: what is too long to stay in a cache, or
+// lies transposed, is read from memory once so, and never written. m's next panel is packed while
+// the tiles multiply by this one.
 //
 // Of two m's, N, panels take turns, and y is what the first product lets through of the second: both
-// are rounded to O, and written too where there is somewhere to.
+// are written too where there is somewhere to.
 template <typename O, int N = 1>
 struct Product {
   Size rows, inner, columns;
@@ -1122,112 +1219,184 @@ struct Product {
   std::array<O*, N> products{};
   bool gelu = false;  // or silu
 
-  Size Inner() const { return Factors<Pair>::Count(inner); }
-  Size Panels() const { return (columns + kPanel - 1) / kPanel * N; }
-  MatrixOf<Pair> Panel(Size j) const { return {room + j * Inner() * kPanel, kPanel}; }
-  MatrixOf<Pair> X() const {
-    // Between rows no power of two, or they would compete for the same few lines of a cache.
-    if (x_turned) return {Panel(Panels()).data, Padded(Inner()) + kTile};
-    return {reinterpret_cast<Pair*>(const_cast<Bfloat16*>(x)), Inner()};
-  }
+  Size Inner() const { return (Factors<Pair>::Count(inner) + kTile - 1) / kTile * kTile; }
+  Size Panels() const { return (columns + kPanel - 1) / kPanel; }
 
-  void PackPanel(Size panel) const {
+  // Of the panels of all of N so many factors, from one on, are packed in so many steps.
+  Size Packings(Size factors) const { return m_turned ? factors / kTile * 2 : factors; }
+  void PackPanel(Size panel, Size factor, Size step, Pair* to) const {
     const Bfloat16* const of = m[panel % N];
-    const Size from = panel / N * kPanel, some = std::min(kPanel, columns - from);
-    const MatrixOf<Pair> to = Panel(panel);
-    if (m_turned)
-      Turned<Pair>([=](Size i) { return of + (from + i) * inner; }, some, inner, to);
-    else
-      Across<Pair>([=](Size i) { return of + i * columns + from; }, inner, some, to);
+    const Size column = panel / N * kPanel;
+    const auto store = [=](const Vector& x, Size i, Size half) {
+      Store(reinterpret_cast<float*>(to + i * kPanel + half * kTile), x);
+    };
+    if (m_turned) {
+      const Size along = step / 2 * kTile, half = step % 2;
+      Vector x[kTile];
+      Numbered{of, columns, inner}.Along(column + half * kTile, 2 * (factor + along), x);
+      Transpose(x);
+      for (Size i = 0; i < kTile; ++i) store(x[i], along + i, half);
+    } else {
+      Vector low, high;
+      Numbered{of, inner, columns}.Across(2 * (factor + step), column, &low, &high);
+      store(low, step, 0);
+      store(high, step, 1);
+    }
+  }
+  Pair* Packed(Size panel) const { return room + panel * Inner() * kPanel; }
+  void PackPanel(Size panel) const {
+    for (Size step = 0; step < Packings(Inner()); ++step) PackPanel(panel, 0, step, Packed(panel));
   }
 
-  void PackRows(Size from) const {
-    AcrossTurned<Pair>([=](Size i) { return x + i * rows + from; }, inner,
-                       std::min(kPanel, rows - from), {X().row(from), X().stride});
+  Tiled X(Size row, Size factor) const {
+    auto* const of = reinterpret_cast<Pair*>(const_cast<Bfloat16*>(x));
+    return Lying({of + row * Inner() + factor, Inner()});
+  }
+  void PackRows(Size from, Size count, Size factor, Size factors, RowFactors& to) const {
+    for (Size f = 0; f < factors; f += kTile)
+      for (Size r = 0; r < count; r += kPanel) {
+        Vector x[2][kTile];
+        for (Size half = 0; half < 2 && !x_turned; ++half)
+          Numbered{this->x, rows, inner}.Along(from + r + half * kTile, 2 * (factor + f), x[half]);
+        for (Size i = 0; i < kTile && x_turned; ++i)
+          Numbered{this->x, inner, rows}.Across(2 * (factor + f + i), from + r, &x[0][i], &x[1][i]);
+        for (Size half = 0; half < 2; ++half) {
+          if (x_turned) Transpose(x[half]);
+          Pair(*const tile)[kTile] = to.of[r / kTile + half][f / kTile];
+          for (Size i = 0; i < kTile; ++i) Store(reinterpret_cast<float*>(tile[i]), x[half][i]);
+        }
+      }
   }
 
-  // Some rows of x by a panel.
-  void Multiply(Size from, Size count, Size panel, float* tile) const {
-    const MatrixOf<Pair> some{X().row(from), X().stride}, of = Panel(panel);
-    for (Size i = 0; i < Inner(); i += kInner)
-      MultiplyInTiles(some.from(i), {of.row(i), kPanel}, {tile, kPanel}, count,
-                      std::min(kInner, Inner() - i), kPanel, i > 0);
+  using TwoPanels = std::array<const float*, 2 * N>;
+
+  // finish(row, column, its numbers) of some rows of panels, the first an even one, two at a time:
+  // numbers are those of one panel, of each of N, and then of the other.
+  template <typename Finish>
+  void Each(Size from, Size count, Size panel, Size end, Finish finish) const {
+    for (const auto& [begin, some] : Parts(count))
+      if (some)
+        InTiles(std::min(some, kTile), kTile, kTile, [&, begin = begin, some = some] {
+          EachInTiles(from + begin, some, panel, end, finish);
+        });
+    _mm_sfence();  // before others read what is written past the caches
   }
 
-  // The same of all panels. Rows that are too long for the second cache would come from memory with
-  // each panel: of these a part of the inner dimension after the other meets all of them.
-  void Deep(Size from, Size count) const {
-    constexpr bool in_place = std::is_same_v<O, float>;
-    const Size width = in_place ? columns : Panels() * kPanel;
-    std::vector<float> sums(in_place ? 0 : count * width);
-    const MatrixOf<Pair> some{X().row(from), X().stride};
-    Matrix to{sums.data(), width};
-    if constexpr (in_place) to.data = y + from * columns;
-    for (Size i = 0; i < Inner(); i += kInner)
-      for (Size j = 0; j < columns; j += kPanel)
-        MultiplyInTiles(some.from(i), {Panel(j / kPanel).row(i), kPanel}, {to.data + j, width},
-                        count, std::min(kInner, Inner() - i), std::min(kPanel, width - j), i > 0);
-    if constexpr (!in_place)
-      for (Size r = 0; r < count; ++r)
-        for (Size j = 0; j < columns; j += kPanel)
-          Write(RowOf(to.row(r) + j), y + (from + r) * columns + j, std::min(kPanel, columns - j));
-  }
-
-  void operator()(Size from, Size count) const {
-    if constexpr (N == 1)
-      if (Inner() > kDeep) return Deep(from, count);
-    alignas(64) float tiles[N][kRows * kPanel];
-    for (Size j = 0; j < columns; j += kPanel) {
-      for (int n = 0; n < N; ++n) Multiply(from, count, j / kPanel * N + n, tiles[n]);
-      for (Size r = 0; r < count; ++r) {
-        const auto row = [&](int n) { return RowOf(tiles[n] + r * kPanel); };
-        const Size at = (from + r) * columns + j, size = std::min(kPanel, columns - j);
-        if constexpr (N == 1)
-          Write(row(0), y + at, size);
-        else
-          WriteGated(row(0), row(1), at, size);
+  // Two panels are finished, and the next one packed, little by little while the tiles multiply: they
+  // would wait for it.
+  template <typename Finish>
+  void EachInTiles(Size from, Size count, Size first, Size end, Finish finish) const {
+    static thread_local Kept kept;  // of the thread, or its memory would be new each time
+    kept.sums.resize(std::max<Size>(kept.sums.size(), N * kWide));
+    const Size some = room ? 2 : kWide, ring = room ? 4 : kWide;
+    const auto sums = [=, all = kept.sums.data()](Size panel, Size n) {
+      return all[panel % ring * N + n].of;
+    };
+    Spread finishing, packing;
+    Size finished = first;
+    const auto finish_row = [&](Size r) {
+      TwoPanels numbers;
+      for (Size i = 0; i < 2 * N; ++i) numbers[i] = sums(finished + i / N, i % N)[r];
+      finish(from + r, finished * kPanel, numbers);
+    };
+    for (Size group = first; group < end; group += some) {
+      const Size after = std::min(group + some, end) * N;
+      for (Size i = 0; i < Inner(); i += kInner) {
+        const Size factors = std::min(kInner, Inner() - i);
+        const Size steps = (count + kPanel - 1) / kPanel * factors / kTile;
+        Size next = group * N;  // of the panels of all of N
+        const auto pack = [&](Size step) {
+          PackPanel(next, i, step, kept.panels[next % 2].of[0]);
+        };
+        if (!room) {
+          PackRows(from, count, i, factors, kept.rows[0]);
+          packing = {Packings(factors), steps};
+          packing.Rest(pack);
+        }
+        while (next < after) {
+          const Size panel = next / N, n = next % N;
+          const Pair* const of = room ? Packed(next) + i * kPanel : kept.panels[next % 2].of[0];
+          if (++next < after && !room) packing = {Packings(factors), steps};
+          for (Size r = 0; r < count; r += kPanel) {
+            const Tiled rows = room ? X(from + r, i) : kept.rows[0].From(r);
+            const auto multiply = [&](auto tiles) {
+              Block<tiles(), 2>(rows, {const_cast<Pair*>(of), kPanel}, {sums(panel, n)[r], kPanel}, factors, i > 0, [&] {
+                finishing.Step(finish_row);
+                packing.Step(pack);
+              });
+            };
+            if (r + kTile < count)
+              multiply(std::integral_constant<int, 2>{});
+            else
+              multiply(std::integral_constant<int, 1>{});
+          }
+          packing.Rest(pack);
+          if (i + factors == Inner() && (next == after || next % (2 * N) == 0)) {
+            finishing.Rest(finish_row);
+            finishing = {count, 2 * N * steps};
+            finished = panel / 2 * 2;
+          }
+        }
       }
     }
+    finishing.Rest(finish_row);
+  }
+
+  void operator()(Size from, Size count, Size panel, Size end) const {
+    Each(from, count, panel, end, [this](Size r, Size column, const TwoPanels& numbers) {
+      const Size at = r * columns + column, size = std::min(2 * kPanel, columns - column);
+      const auto of = [&](int n) -> Rows { return {RowOf(numbers[n]), RowOf(numbers[N + n])}; };
+      if constexpr (N == 1)
+        Write(of(0), y + at, size);
+      else
+        WriteGated(of(0), of(1), at, size);
+    });
   }
 
   using Row = std::array<Vector, 2>;  // of a panel
+  using Rows = std::array<Row, 2>;    // of two
   static Row RowOf(const float* from) { return {Load<Vector>(from), Load<Vector>(from + kLanes)}; }
 
-  static void Write(const Row& row, O* to, Size size) {
-    if (size < kPanel) {
-      O whole[kPanel];
-      Write(row, whole, kPanel);
+  // Whole lines pass the caches, in pairs, which memory takes four times as fast as one line here and
+  // there that it must read before: they would hardly be there still when they are needed.
+  static void Write(const Rows& rows, O* to, Size size) {
+    if (size < 2 * kPanel || reinterpret_cast<uintptr_t>(to) % 64) {
+      alignas(64) O whole[2 * kPanel];
+      Write(rows, whole, 2 * kPanel);
       std::copy_n(whole, size, to);
     } else if constexpr (std::is_same_v<O, float>) {
-      for (int i = 0; i < 2; ++i) Store(to + i * kLanes, row[i]);
+      for (int i = 0; i < 4; ++i) _mm512_stream_ps(to + i * kLanes, (__m512)rows[i / 2][i % 2]);
     } else {
-      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)row[1], (__m512)row[0]));
+      for (int i = 0; i < 2; ++i)
+        _mm512_stream_si512(
+            reinterpret_cast<__m512i*>(to + i * kPanel),
+            (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[i][1], (__m512)rows[i][0]));
     }
   }
 
-  void WriteGated(const Row& gate, const Row& value, Size at, Size size) const {
-    Row through;
-    for (int i = 0; i < 2; ++i) through[i] = Activation(Rounded(gate[i])) * Rounded(value[i]);
+  void WriteGated(const Rows& gates, const Rows& values, Size at,
+                  Size size) const {
+    Rows through;
+    for (int i = 0; i < 4; ++i)
+      through[i / 2][i % 2] = Activation(gates[i / 2][i % 2]) * values[i / 2][i % 2];
     Write(through, y + at, size);
-    if (products[0]) Write(gate, products[0] + at, size);
-    if (products[1]) Write(value, products[1] + at, size);
+    if (products[0]) Write(gates, products[0] + at, size);
+    if (products[1]) Write(values, products[1] + at, size);
   }
 
-  static Vector Rounded(Vector x) {
-    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)x);
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-  }
-
-  // x, by the sigmoid of x or of what makes it GELU with its tanh, as that is a sigmoid.
+  // x, by the sigmoid of x or of what makes it GELU with its tanh, as that is a sigmoid: to 4e-6 of it.
   Vector Activation(Vector x) const {
-    const Vector z = gelu ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
-    const Vector weight = Exp(z < 0 ? z : -z);
-    return x * (z < 0 ? weight : Vector{} + 1.0f) * Inverse(1.0f + weight);
-  }
-
-  static Vector Inverse(Vector x) {  // to two units in the last place, in half the time
-    const Vector near = (Vector)_mm512_rcp14_ps((__m512)x);
-    return near * (2.0f - x * near);
+    const Vector z = gelu ? x * (-2.3022082f - 0.10294324f * x * x) : x * -1.44269504f;
+    const __m512 y = _mm512_min_ps(_mm512_set1_ps(126.0f), (__m512)z);  // and NaN stays NaN
+    const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT);
+    const Vector r = (Vector)y - (Vector)n;  // of the two to the y, the polynomial's part
+    Vector p = r * 9.66636837e-3f + 5.59219755e-2f;
+    p = p * r + 2.40223497e-1f;
+    p = p * r + 6.93121016e-1f;
+    p = p * r + 1.0f;
+    const Vector below = (Vector)_mm512_scalef_ps((__m512)p, n) + 1.0f;
+    const Vector near = (Vector)_mm512_rcp14_ps((__m512)below);
+    return x * near * (2.0f - below * near);
   }
 };
 
@@ -1242,23 +1411,24 @@ struct CrossEntropy {
   const float *weight_R;
   float* loss_R;
 
-  void operator()(Size from, Size count) const {
-    alignas(64) float tile[kRows * kPanel];
+  void operator()(Size from, Size count, Size) const {
     Vector top[kRows], total[kRows];  // by lanes
     float of_target[kRows], log_total[kRows];
     std::fill_n(top, count, Vector{} + kHidden);
     std::fill_n(total, count, Vector{});
     std::fill_n(of_target, count, kHidden);
-    Each(from, count, tile, [&](Size r, Size column, const Vector* x) {
+    Each(from, count, [&](Size r, Size column, const TwoPanels& numbers, const Vector* x) {
       const Size target = Target(from + r, column);
-      if (0 <= target && target < kPanel) of_target[r] = tile[r * kPanel + target];
-      const Vector higher = x[0] > x[1] ? x[0] : x[1];
+      if (0 <= target && target < 2 * kPanel)
+        of_target[r] = numbers[target / kPanel][target % kPanel];
+      const auto higher_of = [](Vector a, Vector b) { return a > b ? a : b; };
+      const Vector higher = higher_of(higher_of(x[0], x[1]), higher_of(x[2], x[3]));
       if (_mm512_cmp_ps_mask((__m512)higher, (__m512)top[r], _CMP_GT_OQ)) {  // seldom, later on
         const Vector before = top[r];
         top[r] = higher > before ? higher : before;
         total[r] *= Weight(before - top[r]);
       }
-      total[r] += Weight(x[0] - top[r]) + Weight(x[1] - top[r]);
+      for (int i = 0; i < 4; ++i) total[r] += Weight(x[i] - top[r]);
     });
     for (Size r = 0; r < count; ++r) {
       const float highest = Top(top[r]);
@@ -1266,16 +1436,17 @@ struct CrossEntropy {
       loss_R[from + r] = weight_R[from + r] * (log_total[r] - of_target[r]);
     }
     if (!logits.y) return;
-    Each(from, count, tile, [&](Size r, Size column, const Vector* x) {
+    Each(from, count, [&](Size r, Size column, const TwoPanels&, const Vector* x) {
       const Size target = Target(from + r, column);
-      Product<Bfloat16>::Row gradient;
-      for (int i = 0; i < 2; ++i) {
+      Product<Bfloat16>::Rows gradient;
+      for (int i = 0; i < 4; ++i) {
         const Integers is_target = kLaneNumbers + int32_t(i * kLanes) == int32_t(target);
         const Vector probability = Weight(x[i] - log_total[r]);
-        gradient[i] = weight_R[from + r] * (is_target ? probability - 1.0f : probability);
+        gradient[i / 2][i % 2] =
+            weight_R[from + r] * (is_target ? probability - 1.0f : probability);
       }
       Product<Bfloat16>::Write(gradient, logits.y + (from + r) * logits.columns + column,
-                               std::min(kPanel, logits.columns - column));
+                               std::min(2 * kPanel, logits.columns - column));
     });
   }
 
@@ -1284,22 +1455,21 @@ struct CrossEntropy {
     return target_R[r] < text_size ? target_R[r] - column : -1;
   }
 
-  // What work does with the two vectors of a row's logits in each panel.
+  using TwoPanels = Product<Bfloat16>::TwoPanels;
+
+  // What work does with a row's logits in two panels, as they lie and as vectors, without text's.
   template <typename Work>
-  void Each(Size from, Size count, float* tile, Work work) const {
-    for (Size column = 0; column < logits.columns; column += kPanel) {
-      logits.Multiply(from, count, column / kPanel, tile);
-      for (Size r = 0; r < count; ++r) {
-        Vector x[2];
-        for (int i = 0; i < 2; ++i) {
-          const Size first = column + i * kLanes;
-          x[i] = Load<Vector>(tile + r * kPanel + i * kLanes);
-          if (first + kLanes > text_size)
-            x[i] = kLaneNumbers < int32_t(text_size - first) ? x[i] : Vector{} + kHidden;
-        }
-        work(r, column, x);
+  void Each(Size from, Size count, Work work) const {
+    logits.Each(from, count, 0, logits.Panels(), [=](Size r, Size column, const TwoPanels& numbers) {
+      Vector x[4];
+      for (int i = 0; i < 4; ++i) {
+        const Size first = column + i * kLanes;
+        x[i] = Load<Vector>(numbers[i / 2] + i % 2 * kLanes);
+        if (first + kLanes > text_size)
+          x[i] = kLaneNumbers < int32_t(text_size - first) ? x[i] : Vector{} + kHidden;
       }
-    }
+      work(r - from, column, numbers, x);
+    });
   }
 };
 #endif
@@ -1458,73 +1628,75 @@ ffi::Error RunDraw(ffi::ThreadPool pool, Floats<3> logits, Floats<2> uniform,
 #ifdef TILES
 template <typename P>
 void Pack(ffi::ThreadPool& pool, const P& product) {
-  const Size packs = product.x_turned ? product.rows : 0;
-  Share(pool, product.Panels() + (packs + kPanel - 1) / kPanel, 1, [=](Size i, Size) {
-    if (i < product.Panels())
-      product.PackPanel(i);
-    else
-      product.PackRows((i - product.Panels()) * kPanel);
-  });
+  if (product.room)
+    Share(pool, product.Panels() * product.m.size(), 1,
+          [=](Size panel, Size) { product.PackPanel(panel); });
 }
 
-// work(from, count) of all rows: as many parts for each thread, of whole tiles.
+// work(from, count, i) of all rows, and of so many i: as many parts for each thread, of whole tiles.
 template <typename Work>
-void ShareRows(ffi::ThreadPool& pool, Size all, Work work) {
-  const Size threads = std::max<Size>(pool.num_threads(), 1), most = threads * kRows;
-  const Size parts = (all + most - 1) / most * threads;
+void ShareRows(ffi::ThreadPool& pool, Size all, Size columns, Work work) {
+  const Size threads = std::max<Size>(pool.num_threads(), 1), even = threads / std::gcd(threads, columns);
+  const Size parts = (all + even * kRows - 1) / (even * kRows) * even;
   const Size rows = (all + parts * kTile - 1) / (parts * kTile) * kTile;
-  Share(pool, (all + rows - 1) / rows, 1,
-        [=](Size i, Size) { work(i * rows, std::min(rows, all - i * rows)); });
+  Share(pool, (all + rows - 1) / rows, columns, [=](Size part, Size i) {
+    work(part * rows, std::min(rows, all - part * rows), i);
+  });
 }
 
 template <typename P>
 void Run(ffi::ThreadPool& pool, const P& product) {
   Pack(pool, product);
-  ShareRows(pool, product.rows, product);
+  const Size panels = product.Panels(), groups = product.room ? 1 : (panels + kWide - 1) / kWide;
+  const Size some = (panels + 2 * groups - 1) / (2 * groups) * 2;
+  ShareRows(pool, product.rows, groups, [=](Size from, Size count, Size group) {
+    product(from, count, group * some, std::min((group + 1) * some, panels));
+  });
 }
 
-Bfloat16* Numbers(ffi::AnyBuffer of) { return static_cast<Bfloat16*>(of.untyped_data()); }
-Bfloat16* Wanted(ffi::AnyBuffer of) { return of.element_count() ? Numbers(of) : nullptr; }
+Bfloat16* NumbersOf(ffi::AnyBuffer of) { return static_cast<Bfloat16*>(of.untyped_data()); }
+Bfloat16* Wanted(ffi::AnyBuffer of) { return of.element_count() ? NumbersOf(of) : nullptr; }
+Pair* PairsOf(ffi::AnyBuffer of) { return reinterpret_cast<Pair*>(Wanted(of)); }
 
 ffi::Error RunProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer m,
-                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bfloat16s> room,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> room,
                       int64_t inner, int64_t columns, bool x_turned, bool m_turned, int64_t) {
   const auto run = [&](auto* out) {
     Run(pool, Product<std::remove_pointer_t<decltype(out)>>{
-                  Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
-                  {Numbers(m)}, out, reinterpret_cast<Pair*>(room->typed_data())});
+                  Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, NumbersOf(x),
+                  {NumbersOf(m)}, out, PairsOf(*room)});
   };
   if (y->element_type() == ffi::F32)
     run(y->typed_data<float>());
   else
-    run(Numbers(*y));
+    run(NumbersOf(*y));
   return ffi::Error::Success();
 }
 
 ffi::Error RunGated(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
                     ffi::AnyBuffer value, ffi::Result<ffi::AnyBuffer> y,
                     ffi::Result<ffi::AnyBuffer> gates, ffi::Result<ffi::AnyBuffer> values,
-                    ffi::Result<Bfloat16s> room, int64_t inner, int64_t columns, bool x_turned,
+                    ffi::Result<ffi::AnyBuffer> room, int64_t inner, int64_t columns, bool x_turned,
                     bool m_turned, bool gelu, int64_t) {
   Run(pool, Product<Bfloat16, 2>{
-                Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
-                {Numbers(gate), Numbers(value)}, Numbers(*y),
-                reinterpret_cast<Pair*>(room->typed_data()), {Wanted(*gates), Wanted(*values)},
+                Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, NumbersOf(x),
+                {NumbersOf(gate), NumbersOf(value)}, NumbersOf(*y),
+                PairsOf(*room), {Wanted(*gates), Wanted(*values)},
                 gelu});
   return ffi::Error::Success();
 }
 
 ffi::Error RunCrossEntropy(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer table,
                            Int32s<1> target, Floats<1> weight, ffi::Result<Floats<1>> loss,
-                           ffi::Result<ffi::AnyBuffer> d_logits, ffi::Result<Bfloat16s> room,
+                           ffi::Result<ffi::AnyBuffer> d_logits, ffi::Result<ffi::AnyBuffer> room,
                            int64_t inner, int64_t columns, bool x_turned, bool m_turned,
                            int64_t text_size, int64_t) {
   const CrossEntropy rows{
-      {Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, Numbers(x),
-       {Numbers(table)}, Wanted(*d_logits), reinterpret_cast<Pair*>(room->typed_data())},
+      {Size(x.element_count()) / inner, inner, columns, x_turned, m_turned, NumbersOf(x),
+       {NumbersOf(table)}, Wanted(*d_logits), PairsOf(*room)},
       text_size, target.typed_data(), weight.typed_data(), loss->typed_data()};
   Pack(pool, rows.logits);
-  ShareRows(pool, rows.logits.rows, rows);
+  ShareRows(pool, rows.logits.rows, 1, rows);
   return ffi::Error::Success();
 }
 #endif
@@ -1564,7 +1736,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, RunProduct,
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // m
                                   .Ret<ffi::AnyBuffer>()  // y
-                                  .Ret<Bfloat16s>()       // room for what is packed
+                                  .Ret<ffi::AnyBuffer>()  // room for what is packed, or nothing
                                   .Attr<int64_t>("inner")
                                   .Attr<int64_t>("columns")
                                   .Attr<bool>("x_turned")
@@ -1579,7 +1751,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_bfloat16, RunGated,
                                   .Ret<ffi::AnyBuffer>()  // y
                                   .Ret<ffi::AnyBuffer>()  // x gate, or nothing
                                   .Ret<ffi::AnyBuffer>()  // x value, or nothing
-                                  .Ret<Bfloat16s>()       // room for what is packed
+                                  .Ret<ffi::AnyBuffer>()  // room for what is packed, or nothing
                                   .Attr<int64_t>("inner")
                                   .Attr<int64_t>("columns")
                                   .Attr<bool>("x_turned")
@@ -1595,7 +1767,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cross_entropy_bfloat16, RunCrossEntropy,
                                   .Arg<Floats<1>>()       // weight_R
                                   .Ret<Floats<1>>()       // loss_R
                                   .Ret<ffi::AnyBuffer>()  // its gradient by logits
-                                  .Ret<Bfloat16s>()       // room for what is packed
+                                  .Ret<ffi::AnyBuffer>()  // room for what is packed, or nothing
                                   .Attr<int64_t>("inner")
                                   .Attr<int64_t>("columns")
                                   .Attr<bool>("x_turned")

@@ -336,6 +336,7 @@ def draw(logits_UCV: jax.Array, uniform_UC: jax.Array, temperature: float, text_
 
 LEAST = 1024  # positions, of fewer XLA's products are as fast
 PANEL = 32  # columns, or numbers of an inner dimension, that are packed together
+DEEP = 2048  # numbers of an inner dimension, of more a row's don't stay in a cache
 
 
 class _Matrices(NamedTuple):
@@ -349,9 +350,10 @@ class _Matrices(NamedTuple):
 
     @property
     def room(self) -> int:
-        """For how many numbers there must be room: panels of m, and x if it must be transposed."""
-        columns, inner = (-(-size // PANEL) * PANEL for size in (self.columns, self.inner))
-        return columns * self.inner + self.x_turned * self.rows * (inner + PANEL)
+        """For how many numbers there must be room: m's, if they are packed first, not as needed."""
+        if self.x_turned or self.inner % PANEL or self.inner > DEEP:
+            return 0
+        return -(-self.columns // PANEL) * PANEL * self.inner
 
 
 def _matrices(formula: str, x: jax.Array, m: jax.Array) -> _Matrices | None:
