@@ -1146,9 +1146,14 @@ struct alignas(64) RowFactors {  // tile by tile, first along the rows
   Tiled From(Size row) { return {of[row / kTile][0][0], kTile, kTile * kTile, kInner * kTile}; }
 };
 struct Kept {
-  std::vector<PanelSums> sums;
+  std::vector<PanelSums> sums{2 * kWide};
   std::vector<PanelFactors> panels{2};
   std::vector<RowFactors> rows{1};
+
+  static Kept& OfThread() {  // or its memory would be new each time
+    static thread_local Kept kept;
+    return kept;
+  }
 };
 
 // Jobs, numbered from 0, that are done as evenly as can be in so many steps.
@@ -1282,12 +1287,13 @@ struct Product {
     _mm_sfence();  // before others read what is written past the caches
   }
 
-  // Two panels are finished, and the next one packed, little by little while the tiles multiply: they
-  // would wait for it.
+  // Two panels are finished, and the next one packed, little by little while the tiles multiply: else
+  // these would wait. Parts of an inner dimension whose factors lie as they are needed are added up
+  // two panels at a time, else in as many as the sums have room for, so that rows are packed once.
   template <typename Finish>
   void EachInTiles(Size from, Size count, Size first, Size end, Finish finish) const {
-    static thread_local Kept kept;  // of the thread, or its memory would be new each time
-    kept.sums.resize(std::max<Size>(kept.sums.size(), N * kWide));
+    static_assert(N <= 2);
+    Kept& kept = Kept::OfThread();
     const Size some = room ? 2 : kWide, ring = room ? 4 : kWide;
     const auto sums = [=, all = kept.sums.data()](Size panel, Size n) {
       return all[panel % ring * N + n].of;
@@ -1315,12 +1321,13 @@ struct Product {
         }
         while (next < after) {
           const Size panel = next / N, n = next % N;
-          const Pair* const of = room ? Packed(next) + i * kPanel : kept.panels[next % 2].of[0];
+          Pair* const of = room ? Packed(next) + i * kPanel : kept.panels[next % 2].of[0];
           if (++next < after && !room) packing = {Packings(factors), steps};
           for (Size r = 0; r < count; r += kPanel) {
             const Tiled rows = room ? X(from + r, i) : kept.rows[0].From(r);
+            const Matrix to{sums(panel, n)[r], kPanel};
             const auto multiply = [&](auto tiles) {
-              Block<tiles(), 2>(rows, {const_cast<Pair*>(of), kPanel}, {sums(panel, n)[r], kPanel}, factors, i > 0, [&] {
+              Block<tiles(), 2>(rows, {of, kPanel}, to, factors, i > 0, [&] {
                 finishing.Step(finish_row);
                 packing.Step(pack);
               });
@@ -1357,8 +1364,8 @@ struct Product {
   using Rows = std::array<Row, 2>;    // of two
   static Row RowOf(const float* from) { return {Load<Vector>(from), Load<Vector>(from + kLanes)}; }
 
-  // Whole lines pass the caches, in pairs, which memory takes four times as fast as one line here and
-  // there that it must read before: they would hardly be there still when they are needed.
+  // Whole lines pass the caches, two at a time: memory takes these four times as fast as single ones
+  // here and there, which it must read before, and none would stay until it is needed.
   static void Write(const Rows& rows, O* to, Size size) {
     if (size < 2 * kPanel || reinterpret_cast<uintptr_t>(to) % 64) {
       alignas(64) O whole[2 * kPanel];
@@ -1368,14 +1375,12 @@ struct Product {
       for (int i = 0; i < 4; ++i) _mm512_stream_ps(to + i * kLanes, (__m512)rows[i / 2][i % 2]);
     } else {
       for (int i = 0; i < 2; ++i)
-        _mm512_stream_si512(
-            reinterpret_cast<__m512i*>(to + i * kPanel),
-            (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[i][1], (__m512)rows[i][0]));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * kPanel),
+                            (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[i][1], (__m512)rows[i][0]));
     }
   }
 
-  void WriteGated(const Rows& gates, const Rows& values, Size at,
-                  Size size) const {
+  void WriteGated(const Rows& gates, const Rows& values, Size at, Size size) const {
     Rows through;
     for (int i = 0; i < 4; ++i)
       through[i / 2][i % 2] = Activation(gates[i / 2][i % 2]) * values[i / 2][i % 2];
@@ -1384,7 +1389,8 @@ struct Product {
     if (products[1]) Write(values, products[1] + at, size);
   }
 
-  // x, by the sigmoid of x or of what makes it GELU with its tanh, as that is a sigmoid: to 4e-6 of it.
+  // x, by the sigmoid of x or of what makes it GELU with its tanh, as that is a sigmoid, to 4e-6 of
+  // it: the activation takes as long as the tiles.
   Vector Activation(Vector x) const {
     const Vector z = gelu ? x * (-2.3022082f - 0.10294324f * x * x) : x * -1.44269504f;
     const __m512 y = _mm512_min_ps(_mm512_set1_ps(126.0f), (__m512)z);  // and NaN stays NaN
@@ -1636,7 +1642,8 @@ void Pack(ffi::ThreadPool& pool, const P& product) {
 // work(from, count, i) of all rows, and of so many i: as many parts for each thread, of whole tiles.
 template <typename Work>
 void ShareRows(ffi::ThreadPool& pool, Size all, Size columns, Work work) {
-  const Size threads = std::max<Size>(pool.num_threads(), 1), even = threads / std::gcd(threads, columns);
+  const Size threads = std::max<Size>(pool.num_threads(), 1);
+  const Size even = threads / std::gcd(threads, columns);
   const Size parts = (all + even * kRows - 1) / (even * kRows) * even;
   const Size rows = (all + parts * kTile - 1) / (parts * kTile) * kTile;
   Share(pool, (all + rows - 1) / rows, columns, [=](Size part, Size i) {
