@@ -54,21 +54,21 @@ the right side 32 columns need lies together, 288 pairs deep at a time so that i
 nearest cache, while 288 rows of the left pass it from the second one, as a stream (`tileloaddt1`),
 or they would drive it out: tiles that read the same 32 rows from the nearest cache again and again
 are slower. What isn't a tile's work is done a bit at a time while tiles multiply: rounding and
-writing the last 64 columns, the activation between gate and in, packing the next 32 columns. Results
-go to memory past the caches, 128 bytes of a row at once. Two threads write 44 GB/s so, of results
-that aren't in a cache; single lines of 64 bytes, each read before it is written, 9 to 18.
+writing the last 64 columns, the activation between gate and in, packing the next 32 columns.
+Results go to memory past the caches, 128 bytes of a row at once. Two threads write 44 GB/s so, of
+results that aren't in a cache; single lines of 64 bytes, each read before it is written, 9 to 18.
 
 A weight is packed once for all rows, into memory; of few positions that isn't worth it. Where the
-inner dimension is positions or the vocabulary, so in gradients of weights and the loss's, both sides
-are packed as they are needed, part by part, into what stays in a thread's caches: packed first, as
-they were, they were written to memory and read again for each 144 rows: by arithmetic 90 MB of the
-gradient of 576 by 1,536 weights by 4,096 positions, where 39 are read now.
+inner dimension is positions or the vocabulary, so in gradients of weights and the loss's, both
+sides are packed as they are needed, part by part, into what stays in a thread's caches: packed
+first, as they were, they were written to memory and read again for each 144 rows: by arithmetic 90
+MB of the gradient of 576 by 1,536 weights by 4,096 positions, where 39 are read now.
 
 In turns with the code before, which did all that between products, in slow minutes: six layers'
 products of 3,328 positions 1.21 times as fast (medians of 31 pairs), a chain of gradients 1.39;
-1,536 columns 4.5 ms for 7.2, gate and in 14 for 18, 12 for 16 where both are kept; gradients of
-576 by 1,536 weights by 4,096 positions 9.8 for 14.4, of as many the other way round 10.8 for 14.7,
-the loss's 98 for 123 and 85 for 122.
+1,536 columns 4.5 ms for 7.2, gate and in 14 for 18, 12 for 16 where both are kept; gradients of 576
+by 1,536 weights by 4,096 positions 9.8 for 14.4, of as many the other way round 10.8 for 14.7, the
+loss's 98 for 123 and 85 for 122.
 
 Lost: to ask for the left side's next tile, or for the right side's next columns, which come in
 time; tiles' sizes set once for a thread (attention 2 % faster); parts of 144, 96 or 48 pairs; left
